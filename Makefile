@@ -1,0 +1,106 @@
+# minippo: what can be made here
+#
+#   make demo       the whole of RLHF on the tiny world, ends with a table and a report
+#   make seeds      the demo with four seeds, into runs/seed-0 ... runs/seed-3 (half an hour)
+#   make hh         all stages on real rows: make hh HH_FILE=rows.jsonl.gz
+#   make results    write docs/results.md from these runs; fails if a seed misses a bar
+#   make data       rebuild data/: the packaged rows and every shipped checkpoint
+#   make test       everything that must hold: unit, notebooks, exercises, staleness
+#   make unit       the unit tests alone
+#   make notebooks  run the committed notebooks and compare their outputs
+#   make exercises  run the exercise notebooks as a student gets them, unsolved
+#   make staleness  check that the notebooks are what their sources say
+#   make rebuild    run notebooks/src again and write the notebooks anew
+#   make lint       ruff
+#   make clean      remove .venv and caches (runs/ is kept)
+#
+# Where pip would fetch a CUDA build of torch and only the CPU is wanted:
+#   make test TORCH_FROM="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH_FROM ?=
+TORCH := torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+NBVAL := $(BIN)/python -m pytest -q --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider
+BUILT := $(wildcard notebooks/*.ipynb)
+UNSOLVED := $(wildcard notebooks/exercises/*.ipynb)
+
+# Jupyter is to use the kernel of this .venv, even where a user has installed another "python3".
+export JUPYTER_PREFER_ENV_PATH := 1
+
+# $(call phase,name,command): runs the command, prints its seconds, keeps its exit status
+define phase
+@echo "== $(1)"; start=$$(date +%s); $(2); status=$$?; \
+echo "== $(1): $$(($$(date +%s) - start)) s, exit status $$status"; exit $$status
+endef
+
+# Torch goes first and pinned, so that no later requirement can pull in another build of it.
+define INSTALL
+$(PYTHON) -m venv $(VENV) && \
+$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_FROM) $(TORCH) && \
+$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[course,test]' && \
+touch $(STAMP)
+endef
+
+.NOTPARALLEL:
+HH_FILE ?=
+
+.PHONY: help demo seeds hh results data install test unit notebooks exercises staleness rebuild lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: install
+	$(BIN)/minippo demo --overwrite
+
+seeds: install
+	for seed in 0 1 2 3; do \
+	  $(BIN)/minippo demo --overwrite --name seed-$$seed --seed $$seed || exit 1; done
+
+hh: install
+	@test -f "$(HH_FILE)" || { echo "make hh needs HH_FILE=rows.jsonl.gz"; exit 2; }
+	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 600
+	for stage in sft reward ppo; do \
+	  $(BIN)/minippo $$stage --name hh --data $(HH_FILE) || exit 1; done
+
+results: install
+	$(BIN)/python docs/make_results.py $(wildcard runs/seed-*) $(if $(wildcard runs/hh),--hh runs/hh)
+
+data: install
+	$(BIN)/minippo data
+	$(BIN)/minippo pretrain --overwrite --name shipped
+	$(BIN)/minippo demo --name shipped
+	$(BIN)/minippo data --checkpoints runs/shipped
+
+test: install unit notebooks exercises staleness
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call phase,install,$(INSTALL))
+
+unit: install
+	$(call phase,unit,$(BIN)/python -m pytest -q tests)
+
+notebooks: install
+	$(if $(BUILT),$(call phase,notebooks,$(NBVAL) --nbval $(BUILT)),@echo "no notebooks")
+
+exercises: install
+	$(if $(UNSOLVED),$(call phase,exercises,$(NBVAL) --nbval-lax $(UNSOLVED)),@echo "no exercises")
+
+staleness: install
+	$(call phase,staleness,$(BIN)/python notebooks/build.py --check)
+
+rebuild: install
+	$(BIN)/python notebooks/build.py
+
+lint: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt ruff
+	$(BIN)/ruff check minippo tests notebooks
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
