@@ -1,0 +1,217 @@
+"""Every setting of every stage, in frozen dataclasses; the command line is made from them.
+
+Each stage checks its own settings when it is made, so a wrong one is refused before anything is loaded or trained.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_PACKAGE = Path(__file__).parent
+# The wheel carries the data inside the package; in a checkout it stands beside it.
+DATA_DIR = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent / "data"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be greater than 0")
+
+
+def _not_negative(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{type(config).__name__}.{name} is {value}; it must not be negative")
+
+
+def _divides(config, small: str, big: str) -> None:
+    a, b = getattr(config, small), getattr(config, big)
+    name = type(config).__name__
+    _require(b % a == 0, f"{name}.{big} ({b}) is not a multiple of {name}.{small} ({a}); choose one that divides it")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The base model: a tiny GPT-2 and its tokenizer, trained on the text of the data set."""
+
+    steps: int = 4000  # optimizer steps; the shipped base took 4000
+    batch_size: int = 64  # dialogues a step
+    lr: float = 3e-3  # peak learning rate; tiny models like 1e-3 to 5e-3
+    warmup_steps: int = 100  # linear warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    vocab_size: int = 2048  # of the byte-level BPE; 1,000 to 50,000
+    n_layer: int = 2  # transformer blocks
+    n_embd: int = 128  # width
+    n_head: int = 4  # attention heads; must divide n_embd
+    n_positions: int = 256  # longest sequence in tokens
+    save_every: int = 500  # steps between checkpoints
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch_size", "lr", "max_grad_norm", "vocab_size", "n_layer", "save_every")
+        _positive(self, "n_head", "n_embd", "n_positions")
+        _not_negative(self, "warmup_steps")
+        _divides(self, "n_head", "n_embd")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: imitate the demonstrations, response tokens only."""
+
+    steps: int = 150  # optimizer steps
+    batch_size: int = 64  # demonstrations a step
+    micro_batch_size: int = 64  # how many go through the model at once; same result, less memory
+    lr: float = 1e-3  # peak learning rate, falling to 0
+    warmup_steps: int = 10  # linear warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
+    max_response_tokens: int = 48  # longer answers are dropped and counted
+    save_every: int = 50  # steps between checkpoints
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "save_every")
+        _positive(self, "max_prompt_tokens", "max_response_tokens")
+        _not_negative(self, "warmup_steps")
+        _divides(self, "micro_batch_size", "batch_size")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward model: all K(K-1)/2 pairs of a prompt in one batch, each answer through the model once."""
+
+    source: Literal["candidates", "pairs"] = "candidates"  # the SFT model's own ranked candidates, or pairs of --data
+    prompts: int = 4000  # prompts that candidates are sampled for
+    candidates: int = 4  # K, answers a prompt; InstructGPT had 4 to 9
+    epochs: int = 1  # passes over the rankings; reward models overfit in the second
+    batch_size: int = 16  # prompts (K answers each) a step
+    micro_batch_size: int = 16  # prompts that go through the model at once
+    lr: float = 1e-3  # peak learning rate, falling to 0
+    warmup_steps: int = 20  # linear warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    margin: bool = False  # subtract the annotator's score gap in the loss (Llama 2); pairs only
+    held_out: int = 256  # prompts (or pairs) kept for measuring the agreement
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
+    max_response_tokens: int = 48  # longer answers are dropped and counted
+    save_every: int = 100  # steps between checkpoints
+
+    def __post_init__(self):
+        _positive(self, "prompts", "epochs", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "save_every")
+        _positive(self, "held_out", "max_prompt_tokens", "max_response_tokens")
+        _not_negative(self, "warmup_steps")
+        _require(self.candidates >= 2, f"RewardConfig.candidates is {self.candidates}; a ranking needs at least 2")
+        _divides(self, "micro_batch_size", "batch_size")
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """Critic warm-up: the mean reward of a prompt's answers, before PPO begins (the notes, 2.3)."""
+
+    prompts: int = 1024  # prompts whose answers are scored
+    candidates: int = 4  # answers a prompt, averaged to V(x)
+    epochs: int = 2  # passes over the prompts
+    batch_size: int = 64  # prompts a step
+    lr: float = 5e-4  # peak learning rate, falling to 0
+    warmup_steps: int = 5  # linear warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    held_out: int = 128  # prompts kept for the explained variance
+    save_every: int = 50  # steps between checkpoints
+
+    def __post_init__(self):
+        _positive(self, "prompts", "candidates", "epochs", "batch_size", "lr", "max_grad_norm", "held_out", "save_every")
+        _not_negative(self, "warmup_steps")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO. A rollout of `batch_size` answers, then `ppo_epochs` passes in minibatches."""
+
+    steps: int = 100  # rollouts, each followed by its updates
+    batch_size: int = 64  # prompts (and answers) a rollout; 64 to 512
+    minibatch_size: int = 32  # answers an optimizer step
+    micro_batch_size: int = 32  # answers that go through the models at once; same result, less memory
+    ppo_epochs: int = 2  # passes over a rollout; 1 to 4
+    lr: float = 3e-4  # of the policy, falling to 0; 1e-6 for billions of parameters
+    value_lr: float = 5e-4  # of the critic, falling to 0
+    warmup_steps: int = 5  # linear warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, each model's own
+    kl_coef: float = 0.05  # beta, the KL penalty in the reward; 0.01 to 0.2
+    kl_estimator: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # only kl has KL(policy, ref) as its gradient there
+    kl_loss_coef: float = 0.0  # c2, the KL as a term of the loss; 0 turns it off
+    kl_loss_estimator: Literal["full", "mse", "k3"] = "full"  # full or mse follow KL(policy, ref), k3 KL(ref, policy)
+    target_kl: float | None = None  # KL per sequence that an adaptive kl_coef aims at; None keeps it fixed
+    kl_horizon: int = 10_000  # answers over which the adaptive kl_coef reacts
+    advantage: Literal["gae", "simple"] = "gae"  # per-token GAE, or the notes' R(x, y) - V(x) per answer
+    gamma: float = 1.0  # discount; 1 for answers, which end
+    lam: float = 0.95  # lambda of GAE; 1 is unbiased, smaller is less noisy
+    whiten_advantages: bool = True  # mean 0, variance 1 over the rollout
+    clip_range: float = 0.2  # epsilon of the policy ratio
+    value_clip_range: float = 0.2  # epsilon of the value clip
+    vf_coef: float = 1.0  # c1, weight of the value loss
+    temperature: float = 1.0  # divides the logits in rollout, update and reference alike
+    missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that does not end
+    standardize_scores: bool = True  # by mean and std of the reward model on reference samples
+    stop_kl: float | None = None  # stop when KL per sequence exceeds this
+    stop_patience: int | None = None  # stop after this many steps without a better mean score
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
+    max_response_tokens: int = 48  # answers are cut here
+    save_every: int = 10  # steps between checkpoints
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch_size", "minibatch_size", "micro_batch_size", "ppo_epochs", "lr", "value_lr")
+        _positive(self, "max_grad_norm", "clip_range", "value_clip_range", "temperature", "kl_horizon", "save_every")
+        _positive(self, "max_prompt_tokens", "max_response_tokens")
+        _not_negative(self, "warmup_steps", "kl_coef", "kl_loss_coef", "vf_coef", "missing_eos_penalty")
+        _require(0 <= self.gamma <= 1, f"PPOConfig.gamma is {self.gamma}; it must lie in [0, 1]")
+        _require(0 <= self.lam <= 1, f"PPOConfig.lam is {self.lam}; it must lie in [0, 1]")
+        _divides(self, "minibatch_size", "batch_size")
+        _divides(self, "micro_batch_size", "minibatch_size")
+        for name in ("target_kl", "stop_kl", "stop_patience"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        reasons = {
+            "kl": "its expected gradient in the loss is zero",
+            "abs": "it estimates no divergence",
+        }
+        refused = reasons.get(self.kl_loss_estimator)
+        message = f"kl_loss_estimator={self.kl_loss_estimator!r} is refused: {refused}; use full, mse or k3"
+        _require(refused is None, message)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on test prompts nobody trained on."""
+
+    prompts: int = 512  # test prompts
+    best_of: int = 16  # n of best-of-n by the same reward model; 0 skips it
+    samples: int = 10  # answers shown side by side in the report
+    temperature: float = 1.0  # of the sampling
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
+    max_response_tokens: int = 48  # answers are cut here
+
+    def __post_init__(self):
+        _positive(self, "prompts", "temperature", "max_prompt_tokens", "max_response_tokens")
+        _not_negative(self, "best_of", "samples")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run reads, writes and computes."""
+
+    name: str = "demo"  # the run's folder is runs/NAME
+    out: Path = Path("runs")  # the folder of all runs
+    data: str = "tiny_hh"  # tiny_hh, a file, a folder or a hub name
+    base: str = "base"  # the model to start from: a shipped checkpoint's name, a folder or a hub name
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto takes cuda if there, else cpu
+    resume: bool = False  # go on where an interrupted run stopped
+    limit: int | None = None  # use only this many rows of --data
+
+    def __post_init__(self):
+        _require(bool(self.name), "RunConfig.name is empty; give the run a name")
+        _not_negative(self, "seed")
+        if self.limit is not None:
+            _positive(self, "limit")
