@@ -1,0 +1,114 @@
+"""From rows to padded tensors: tokenising, length limits with counts, padding, and batches from a seed."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minippo.hh import format_prompt
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows: a prompt and its responses, each a list of token ids."""
+
+    row: int  # the row's place in the data set
+    prompt: list[int]
+    responses: list[list[int]]  # each ends in EOS
+
+
+def encode_prompt(tokenizer, instruction: str, history=()) -> list[int]:
+    """Token ids of a prompt, which ends in "Assistant:"."""
+    return tokenizer.encode(format_prompt(instruction, history), add_special_tokens=False)
+
+
+def encode_response(tokenizer, answer: str) -> list[int]:
+    """Token ids of " " + answer, and EOS."""
+    return [*tokenizer.encode(" " + answer, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer, response) -> str:
+    """The text of a response up to its EOS. A padding token in the middle stays visible."""
+    ids = response.tolist() if isinstance(response, Tensor) else list(response)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    while ids and ids[-1] == tokenizer.pad_token_id:
+        ids.pop()
+    return tokenizer.decode(ids).strip()
+
+
+def encode_rows(rows, tokenizer, max_prompt_tokens, max_response_tokens, answers=()) -> tuple[list[Encoded], int]:
+    """Tokenises rows and drops what is too long.
+
+    rows: dicts with `instruction`, `history` and the columns named in `answers` (a text, or a list of texts)
+    returns: the encoded rows that fit, and how many were dropped
+    Raises ValueError if nothing is left.
+    """
+    kept = []
+    for number, row in enumerate(rows):
+        texts = [text for column in answers for text in _as_list(row[column])]
+        prompt = encode_prompt(tokenizer, row["instruction"], row["history"])
+        responses = [encode_response(tokenizer, text) for text in texts]
+        if len(prompt) <= max_prompt_tokens and all(len(r) <= max_response_tokens for r in responses):
+            kept.append(Encoded(number, prompt, responses))
+    if not kept:
+        raise ValueError(
+            f"no row fits into max_prompt_tokens={max_prompt_tokens} and max_response_tokens={max_response_tokens}; "
+            "raise the limits (the model's context must hold both)"
+        )
+    return kept, len(rows) - len(kept)
+
+
+def _as_list(value) -> list:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def check_context(model, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Raises ValueError if prompt and response together do not fit the model's positions."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    wanted = max_prompt_tokens + max_response_tokens
+    if context is not None and wanted > context:
+        raise ValueError(
+            f"max_prompt_tokens + max_response_tokens = {wanted}, but the model's context is {context} tokens; "
+            "lower one of them"
+        )
+
+
+def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Queries, padded on the left: ids (B, Q) and mask (B, Q). The mask comes from the lengths."""
+    ids, mask = right_pad([sequence[::-1] for sequence in sequences], pad_id)
+    return ids.flip(1), mask.flip(1)
+
+
+def right_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Responses, padded on the right: ids (B, R) and mask (B, R). The mask comes from the lengths."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in sequences])
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: every index once, shuffled, rows of similar length together.
+
+    The order depends on (seed, epoch) alone, so a resumed run sees the batches it would have seen. Shuffled
+    blocks of 16 batches are sorted by length, which saves padding and keeps the batches random enough.
+    The last, smaller batch is dropped, unless it is the only one.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    block = 16 * batch_size
+    blocks = [sorted(order[i : i + block], key=lengths.__getitem__) for i in range(0, len(order), block)]
+    batches = [b[i : i + batch_size] for b in blocks for i in range(0, len(b), batch_size)]
+    whole = [batch for batch in batches if len(batch) == batch_size] or batches
+    return rng.sample(whole, len(whole))
+
+
+def batch_plan(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The batch of every step of a training, through as many epochs as `steps` takes."""
+    plan = []
+    while len(plan) < steps:
+        epoch = len(plan) // max(1, len(lengths) // batch_size)
+        plan += epoch_batches(lengths, batch_size, seed, epoch)
+    return plan[:steps]

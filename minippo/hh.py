@@ -1,0 +1,283 @@
+"""The HH-RLHF format: parse it, write it, check it, load it.
+
+A row is two dialogues that differ only in their last answer:
+
+    {"chosen": "\\n\\nHuman: hi\\n\\nAssistant: hello",
+     "rejected": "\\n\\nHuman: hi\\n\\nAssistant: go away"}
+
+A tag is a blank line, then `Human:` or `Assistant:`, with or without a space after it. `Human:`
+without the blank line before it is text like any other.
+
+White space: the text of a turn is what `str.strip` leaves of it; turns are compared and handed out
+without the white space around them, and keep what is inside. Formatting writes one space after each
+tag. So parsing gives back what was formatted if the texts are stripped and hold no tag.
+
+A row that is not of this form is refused with the first kind of `KINDS` that applies to either of
+its dialogues. Nothing is repaired: a bad row stops the loading, or is left out and counted.
+"""
+
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from minippo.config import DATA_DIR
+
+# In order of precedence. missing_key: not an object with "chosen" and "rejected"; not_text: a field
+# of the wrong type (those two must be text, a margin a finite number); not_alternating: not Human,
+# Assistant, Human ...; empty_turn: the question or an earlier turn is empty; diverging_history: the
+# dialogues differ before their last answer.
+KINDS = (
+    *("not_json", "too_large", "missing_key", "not_text", "leading_text", "no_assistant_turn"),
+    *("not_alternating", "ends_with_human", "empty_turn", "empty_answer", "diverging_history"),
+    "identical_answers",
+)
+MAX_ROW_CHARS = 1_000_000  # the text of all fields of a row together
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+SOURCES = (
+    f"pass tiny_hh, a file ({', '.join(SUFFIXES)}), a folder of such files, a folder written by "
+    "save_to_disk of datasets, or a hub name such as Anthropic/hh-rlhf"
+)
+_SIDES = ("chosen", "rejected")
+_TAG = re.compile(r"\n\n(Human|Assistant):")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: a str to JSON, but not text
+
+
+class BadPair(ValueError):
+    """A row that is no preference pair: `.reason` is one of KINDS, `.found` what was there."""
+
+    def __init__(self, reason: str, found: str, where: str = "row"):
+        super().__init__(f"{where}: {reason}: {found}")
+        self.reason, self.found = reason, found
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_preferences` accepted and refused; print it to see the table."""
+
+    source: str
+    accepted: int
+    refused: dict[str, int]  # every kind of KINDS -> number of rows
+    examples: dict[str, list[str]]  # kind -> its first messages, kinds that occurred only
+
+    def __str__(self) -> str:
+        counts = {"accepted": self.accepted, "refused": sum(self.refused.values())}
+        lines = [self.source, *(f"{name:<19}{n:>8}" for name, n in counts.items())]
+        for kind, messages in self.examples.items():
+            lines += [f"  {kind:<17}{self.refused[kind]:>8}", *(f"    {text}" for text in messages)]
+        return "\n".join(lines)
+
+
+def parse_dialogue(text: str) -> list[tuple[str, str]]:
+    """The turns, [("Human", query), ("Assistant", response), ...]; BadPair if it is no dialogue."""
+    leading, *parts = _TAG.split(text)
+    roles, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    checks = (
+        ("leading_text", leading.strip(), f"{_short(leading)} before the first tag"),
+        ("no_assistant_turn", "Assistant" not in roles, f"no Assistant tag in {_short(text)}"),
+        ("not_alternating", "Human" in roles[1::2] or "Assistant" in roles[::2], _short(roles)),
+        ("ends_with_human", roles[-1:] == ["Human"], f"last turn: Human {_short(texts[-1:])}"),
+        ("empty_turn", "" in texts[:-1], f"an empty turn before the last of {len(texts)}"),
+        ("empty_answer", texts[-1:] == [""], "nothing after the last Assistant tag"),
+    )
+    for kind, applies, found in checks:
+        if applies:
+            raise BadPair(kind, found)
+    return list(zip(roles, texts))
+
+
+def format_prompt(instruction: str, history: Sequence[Sequence[str]] = ()) -> str:
+    """The dialogue up to the last Assistant tag, without a space after it."""
+    turns = "".join(f"\n\nHuman: {query}\n\nAssistant: {answer}" for query, answer in history)
+    return f"{turns}\n\nHuman: {instruction}\n\nAssistant:"
+
+
+def format_dialogue(instruction: str, answer: str, history: Sequence[Sequence[str]] = ()) -> str:
+    """The dialogue with its answer; `parse_dialogue` takes it apart again."""
+    return f"{format_prompt(instruction, history)} {answer}"
+
+
+def parse_pair(row: dict) -> dict:
+    """A raw row -> {"instruction", "chosen", "rejected", "history"}, and "margin" if it has one.
+
+    `instruction` is the last human turn, `chosen` and `rejected` are the answers to it, `history`
+    is the list of [query, response] before it. A row that is no pair raises BadPair.
+    """
+    _check_fields(row)
+    chosen, rejected = _parse_sides(row)
+    for a, b in zip([*chosen[:-1], len(chosen)], [*rejected[:-1], len(rejected)]):
+        if a != b:
+            raise BadPair("diverging_history", f"chosen has {_short(a)}, rejected {_short(b)}")
+    if chosen == rejected:
+        raise BadPair("identical_answers", _short(chosen[-1][1]))
+    *earlier, instruction, answer = [text for _, text in chosen]
+    history = [list(turns) for turns in zip(earlier[::2], earlier[1::2])]
+    pair = dict(instruction=instruction, chosen=answer, rejected=rejected[-1][1], history=history)
+    return pair if row.get("margin") is None else {**pair, "margin": float(row["margin"])}
+
+
+def _check_fields(row: object) -> None:
+    fields = row if isinstance(row, dict) else {"": row}
+    size = sum(len(str(value)) for value in fields.values())
+    if size > MAX_ROW_CHARS:
+        raise BadPair("too_large", f"{size} characters, the limit is {MAX_ROW_CHARS}")
+    if missing := [side for side in _SIDES if side not in fields]:
+        raise BadPair("missing_key", f"no {' and no '.join(missing)} in {_short(row)}")
+    texts = {"chosen": row["chosen"], "rejected": row["rejected"], "id": str(row.get("id"))}
+    for key, value in texts.items():
+        if not isinstance(value, str) or _SURROGATE.search(value):
+            raise BadPair("not_text", f"{key} is {_short(value)}")
+    margin = 0.0 if row.get("margin") is None else row["margin"]
+    if type(margin) not in (int, float) or not abs(margin) <= sys.float_info.max:
+        raise BadPair("not_text", f"margin is {_short(margin)}, not a finite number")
+
+
+def _parse_sides(row: dict) -> list[list[tuple[str, str]]]:
+    dialogues, faults = [], []
+    for side in _SIDES:
+        try:
+            dialogues.append(parse_dialogue(row[side]))
+        except BadPair as fault:
+            faults.append(BadPair(fault.reason, f"{side}: {fault.found}"))
+    if faults:
+        raise min(faults, key=lambda fault: KINDS.index(fault.reason))
+    return dialogues
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def load_preferences(
+    source: str | Path, split: str | None = None, on_error: str = "raise", limit: int | None = None
+) -> tuple[datasets.Dataset, LoadReport]:
+    """The pairs of a source as a `datasets.Dataset`, and a report of what was refused.
+
+    source:   "tiny_hh" (the packaged rows), a .jsonl, .jsonl.gz or .json file (.json: a list of
+              rows, or one a line), a folder of them, a folder of save_to_disk, or a hub name
+    split:    one of those the source has, needed if it has several; in a folder of files it takes
+              those with a word in their path that begins with it: "test" takes test.jsonl and
+              harmless/hh_test_1.jsonl, not latest.jsonl; refused for what has no splits
+    on_error: "raise" stops at the first bad row, "skip" leaves bad rows out and counts them
+    limit:    stop after so many accepted rows; the report then covers the rows read until there
+
+    Columns: id, instruction, chosen, rejected (text), history (list of [query, response]), margin
+    (float64) only if some row has one, None in the rows without. A row without an id gets
+    "file:row number"; that number is the line, from 1, and a line of white space holds no row.
+    The Dataset is built in memory from what was read just now: there is no cache that could hand
+    back the rows of a file as they were before it was edited, and no file is written.
+    """
+    if on_error not in ("raise", "skip") or (limit is not None and limit < 1):
+        raise ValueError(f"{on_error=}, {limit=}: pass raise or skip, and a limit of at least 1")
+    rows, messages = [], {kind: [] for kind in KINDS}
+    for name, number, raw in _read_source(source, split):
+        try:
+            row = _decode(raw)
+            pair = parse_pair(row)
+        except BadPair as fault:
+            located = BadPair(fault.reason, fault.found, f"{name}, row {number}")
+            if on_error == "raise":
+                raise located from None
+            messages[fault.reason].append(str(located))
+            continue
+        given = row.get("id")
+        rows.append({"id": f"{name}:{number}" if given is None else str(given), **pair})
+        if len(rows) == limit:
+            break
+    refused = {kind: len(found) for kind, found in messages.items()}
+    examples = {kind: found[:3] for kind, found in messages.items() if found}
+    report = LoadReport(str(source), len(rows), refused, examples)
+    if not rows:
+        raise ValueError(f"no usable preference pair is left in\n{report}")
+    return _build_dataset(rows), report
+
+
+def _decode(raw: object) -> object:
+    try:
+        return json.loads(raw) if isinstance(raw, str) else raw
+    except (ValueError, RecursionError) as error:
+        raise BadPair("not_json", f"{_short(raw)} ({error})") from None
+
+
+def _build_dataset(rows: list[dict]) -> datasets.Dataset:
+    text = datasets.Value("string")
+    columns = dict(id=text, instruction=text, chosen=text, rejected=text, history=[[text]])
+    if any("margin" in row for row in rows):
+        columns["margin"] = datasets.Value("float64")
+    table = {name: [row.get(name) for row in rows] for name in columns}
+    return datasets.Dataset.from_dict(table, features=datasets.Features(columns))
+
+
+def _read_source(source: str | Path, split: str | None) -> Iterator[tuple[str, int, object]]:
+    """(name of the file or data set, row number from 1, line or row) for every row of a source."""
+    name, path = str(source), Path(source).expanduser()
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if name == "tiny_hh":
+        files = {p.name.split(".")[0]: p for p in DATA_DIR.glob("tinyhh/*.jsonl.gz")}
+        yield from _read_file(_pick_split(files, split, name), name)
+    elif path.is_file() and name.endswith(SUFFIXES):
+        yield from _read_file(_pick_split(path, split, name), path.name)
+    elif name and path.is_dir() and not saved:
+        for file in _files_of(path, split):
+            yield from _read_file(file, file.relative_to(path).as_posix())
+    elif saved or (_HUB_NAME.fullmatch(name) and not (path.exists() or name.endswith(SUFFIXES))):
+        rows = _open_dataset(path if saved else name, split)
+        yield from ((path.name, number, row) for number, row in enumerate(rows, 1))
+    else:
+        what = "is not of a kind we read" if path.exists() else "is not there"
+        raise ValueError(f"{name!r} {what}; {SOURCES}")
+
+
+def _read_file(path: Path, name: str) -> Iterator[tuple[str, int, str]]:
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
+            lines = enumerate(_lines_of(file, path.suffix), 1)
+            yield from ((name, number, line) for number, line in lines if line.strip())
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: damaged or not UTF-8? ({error})") from error
+
+
+def _lines_of(file: Iterable[str], suffix: str) -> Iterable[str]:
+    if suffix != ".json":
+        return file
+    text = "".join(file)
+    is_list = text.lstrip().startswith("[")
+    return map(json.dumps, json.loads(text)) if is_list else text.split("\n")
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    names = [name for name in names if name.endswith(SUFFIXES) and "/." not in f"/{name}"]
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(split or '')}", re.IGNORECASE)
+    chosen = [folder / name for name in names if split is None or word.search(name)]
+    if not chosen:
+        raise ValueError(f"{folder} has no file for {split=}, only {names}; {SOURCES}")
+    return chosen
+
+
+def _open_dataset(source: str | Path, split: str | None) -> Iterable[dict]:
+    load = datasets.load_from_disk if isinstance(source, Path) else datasets.load_dataset
+    try:
+        loaded = load(str(source))
+    except Exception as error:  # what the hub, arrow and the disk raise has no common class
+        message = f"datasets cannot load {str(source)!r}: not here, not on the hub, or damaged"
+        raise ValueError(f"{message} ({error}); without a network pass a local file") from error
+    return _pick_split(loaded, split, str(source))
+
+
+def _pick_split(loaded: object, split: str | None, name: str) -> object:
+    splits = loaded if isinstance(loaded, dict) else {None: loaded}
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split not in splits:
+        raise ValueError(f"{name} has no {split=}; choose one of {list(splits)}")
+    return splits[split]
