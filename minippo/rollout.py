@@ -1,0 +1,176 @@
+"""One phase of acting: sample answers, score them, and turn the scores into advantages per token."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from minippo.advantages import gae, simple_advantages
+from minippo.batching import left_pad
+from minippo.config import PPOConfig
+from minippo.generation import generate
+from minippo.kl import KL_ESTIMATORS
+from minippo.logprobs import entropy_from_logits, gather_logprobs
+from minippo.masking import masked_mean, masked_var, masked_whiten, response_mask
+from minippo.models import autocast, response_logits
+from minippo.rewards import penalize_missing_eos, per_token_rewards, standardize_scores
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What PPO learns from: B answers, and per token what the models thought of them at the time.
+
+    Everything (B, R) is 0 where mask is False.
+    """
+
+    tokens: Tensor  # (B, T) query, left-padded, and response, right-padded
+    attention_mask: Tensor  # (B, T) bool, its response part equals mask
+    response: Tensor  # (B, R)
+    mask: Tensor  # (B, R) bool, True up to and with the first EOS
+    logprobs: Tensor  # (B, R) log pi of the policy that sampled
+    ref_logprobs: Tensor  # (B, R) log pi of the reference
+    values: Tensor  # (B, R) V(query, response[:t]), before token t
+    kl: Tensor  # (B, R) estimate of KL(policy, ref) that the reward is charged for
+    entropy: Tensor  # (B, R) of the policy's next-token distribution
+    raw_scores: Tensor  # (B,) what score_fn returned
+    scores: Tensor  # (B,) standardised, minus the missing-EOS penalty
+    rewards: Tensor  # (B, R) -kl_coef * kl, and the score at the last token that counts
+    advantages: Tensor  # (B, R) whitened, if so configured
+    returns: Tensor  # (B, R) what the values should have been
+
+    def rows(self, indices: Tensor) -> "Rollout":
+        """The same rollout with these rows only."""
+        return replace(self, **{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+
+    def minibatches(self, size: int, generator: torch.Generator):
+        """Shuffled minibatches of `size` rows, each row once."""
+        order = torch.randperm(len(self.tokens), generator=generator).to(self.tokens.device)
+        for start in range(0, len(order), size):
+            yield self.rows(order[start : start + size])
+
+    def micro_batches(self, size: int):
+        """Consecutive pieces, each with its share of the tokens: shares weight losses into the mean of the whole."""
+        total = self.mask.sum()
+        for start in range(0, len(self.tokens), size):
+            part = self.rows(slice(start, start + size))
+            yield part, part.mask.sum() / total
+
+
+@torch.no_grad()
+def collect_rollout(
+    policy,
+    ref_policy,
+    value_model,
+    score_fn,
+    prompts: list[list[int]],
+    tokenizer,
+    config: PPOConfig,
+    *,
+    kl_coef: float | None = None,
+    score_stats: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    step: int = 0,
+    rows=None,
+) -> Rollout:
+    """Samples one answer to each prompt and computes everything PPO needs of it.
+
+    score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,)
+    kl_coef: the coefficient in force (config.kl_coef if None)
+    score_stats: mean and std of scores on reference samples
+    rows: global numbers of the prompts, which key the sampling
+    Raises ValueError if score_fn returns anything but B finite numbers.
+    """
+    device = next(policy.parameters()).device
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    # 1. Sample. The mask comes from the position of EOS, never from token != pad.
+    query, query_mask = (x.to(device) for x in left_pad(prompts, pad_id))
+    limit, heat = config.max_response_tokens, config.temperature
+    response = generate(
+        policy, query, query_mask, limit, eos_id, pad_id, seed, step, rows, temperature=heat
+    )
+    mask = response_mask(response, eos_id)
+    tokens, attention_mask = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1)
+
+    # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
+    views = [
+        _model_views(policy, ref_policy, value_model, *piece, config)
+        for piece in _pieces(config.micro_batch_size, tokens, attention_mask, response, mask)
+    ]
+    logprobs, ref_logprobs, kl, entropy, values = map(torch.cat, zip(*views, strict=True))
+
+    # 3. Score the whole answers: standardise first, then the penalty for not ending.
+    raw_scores = _checked_scores(score_fn(tokens, attention_mask, query.shape[1]), len(prompts))
+    scores = standardize_scores(raw_scores, *score_stats)
+    scores = penalize_missing_eos(scores, mask, response, eos_id, config.missing_eos_penalty)
+
+    # 4. Rewards per token, then advantages and returns; whitening comes after the returns.
+    coefficient = config.kl_coef if kl_coef is None else kl_coef
+    rewards = per_token_rewards(scores, kl, mask, coefficient)
+    advantages, returns = estimate_advantages(rewards, values, mask, config)
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return Rollout(
+        tokens, attention_mask, response, mask, logprobs, ref_logprobs, values, kl, entropy,
+        raw_scores, scores, rewards, advantages, returns,
+    )  # fmt: skip
+
+
+def _pieces(size: int, *tensors: Tensor):
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _model_views(policy, ref_policy, value_model, tokens, attention_mask, response, mask, config):
+    """Log-probabilities, reference log-probabilities, kl, entropy, values; each (B, R), 0 where masked."""
+    length, heat = response.shape[1], config.temperature
+    with autocast(tokens.device):
+        logits = response_logits(policy, tokens, attention_mask, length).float()
+        ref_logits = response_logits(ref_policy, tokens, attention_mask, length).float()
+        values = value_model(tokens, attention_mask, length).float()
+    logprobs = gather_logprobs(logits, response, heat)
+    ref_logprobs = gather_logprobs(ref_logits, response, heat)
+    pair = (logprobs, ref_logprobs)
+    if config.kl_estimator == "full":
+        pair = tuple(torch.log_softmax(x / heat, -1) for x in (logits, ref_logits))
+    kl = KL_ESTIMATORS[config.kl_estimator](*pair)
+    views = (logprobs, ref_logprobs, kl, entropy_from_logits(logits / heat), values)
+    return tuple(view.masked_fill(~mask, 0) for view in views)
+
+
+def _checked_scores(scores: Tensor, count: int) -> Tensor:
+    if not torch.is_tensor(scores) or scores.shape != (count,):
+        got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        raise ValueError(f"score_fn must return one score per answer, a tensor of shape ({count},); got {got}")
+    return scores.float()
+
+
+def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns by the configured way; all (B, R).
+
+    "gae" is per token. "simple" is the notes' R(x, y) - V(x): the whole reward of the answer, KL penalties
+    counted in, minus the value at the prompt, the same for each of its tokens; the critic's target is R.
+    """
+    if config.advantage == "gae":
+        return gae(rewards, values, mask, config.gamma, config.lam)
+    total = rewards.sum(1)  # R(x, y)
+    advantages = simple_advantages(total, values[:, 0])
+    return advantages[:, None] * mask, total[:, None] * mask
+
+
+def rollout_metrics(rollout: Rollout, eos_id: int) -> dict[str, Tensor]:
+    """What a rollout says about the policy; device scalars under the log keys of the course."""
+    mask, lengths = rollout.mask, rollout.mask.sum(1)
+    kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(~mask, 0)  # k1, whatever is charged
+    error = masked_var(rollout.returns - rollout.values, mask)
+    ended = (rollout.response == eos_id).masked_fill(~mask, False).any(1)
+    return {
+        "objective/scores": rollout.scores.mean(),
+        "objective/raw_scores": rollout.raw_scores.mean(),
+        "objective/rewards": rollout.rewards.sum(1).mean(),
+        "objective/kl_per_sequence": kl.sum(1).mean(),
+        "objective/kl_per_token": masked_mean(kl, mask),
+        "objective/entropy": masked_mean(rollout.entropy, mask),
+        "objective/response_tokens": lengths.float().mean(),
+        "objective/eos_rate": ended.float().mean(),
+        "value/explained_variance": 1 - error / masked_var(rollout.returns, mask).clamp(min=1e-8),
+    }
