@@ -14,8 +14,8 @@
 #   make lint       ruff
 #   make clean      remove .venv and caches (runs/ is kept)
 #
-# Where pip would fetch a CUDA build of torch and only the CPU is wanted:
-#   make test TORCH_FROM="--index-url https://download.pytorch.org/whl/cpu"
+# Where pip would fetch a CUDA build of torch and only the CPU is wanted, TORCH_FROM takes the
+# options of pip install that name another index: make test TORCH_FROM="--index-url URL"
 
 PYTHON ?= python3
 TORCH_FROM ?=

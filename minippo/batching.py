@@ -1,4 +1,4 @@
-"""From rows to padded tensors: tokenising, length limits with counts, padding, and batches from a seed."""
+"""From rows to padded tensors: tokenising, length limits with counts, padding, seeded batches."""
 
 import random
 from dataclasses import dataclass
@@ -16,6 +16,11 @@ class Encoded:
     row: int  # the row's place in the data set
     prompt: list[int]
     responses: list[list[int]]  # each ends in EOS
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and its longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
 
 
 def encode_prompt(tokenizer, instruction: str, history=()) -> list[int]:
@@ -38,30 +43,30 @@ def decode_response(tokenizer, response) -> str:
     return tokenizer.decode(ids).strip()
 
 
-def encode_rows(rows, tokenizer, max_prompt_tokens, max_response_tokens, answers=()) -> tuple[list[Encoded], int]:
+def encode_rows(
+    rows, tokenizer, max_prompt_tokens: int, max_response_tokens: int, answers=()
+) -> tuple[list[Encoded], int]:
     """Tokenises rows and drops what is too long.
 
-    rows: dicts with `instruction`, `history` and the columns named in `answers` (a text, or a list of texts)
+    rows: dicts with `instruction`, `history` and the columns named in `answers` (a text, or a list
+        of texts)
     returns: the encoded rows that fit, and how many were dropped
     Raises ValueError if nothing is left.
     """
     kept = []
     for number, row in enumerate(rows):
-        texts = [text for column in answers for text in _as_list(row[column])]
+        columns = ([row[c]] if isinstance(row[c], str) else row[c] for c in answers)
+        responses = [encode_response(tokenizer, text) for texts in columns for text in texts]
         prompt = encode_prompt(tokenizer, row["instruction"], row["history"])
-        responses = [encode_response(tokenizer, text) for text in texts]
-        if len(prompt) <= max_prompt_tokens and all(len(r) <= max_response_tokens for r in responses):
+        longest = max(map(len, responses), default=0)
+        if len(prompt) <= max_prompt_tokens and longest <= max_response_tokens:
             kept.append(Encoded(number, prompt, responses))
     if not kept:
         raise ValueError(
-            f"no row fits into max_prompt_tokens={max_prompt_tokens} and max_response_tokens={max_response_tokens}; "
+            f"no row fits into {max_prompt_tokens=} and {max_response_tokens=}; "
             "raise the limits (the model's context must hold both)"
         )
     return kept, len(rows) - len(kept)
-
-
-def _as_list(value) -> list:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def check_context(model, max_prompt_tokens: int, max_response_tokens: int) -> None:
@@ -70,8 +75,8 @@ def check_context(model, max_prompt_tokens: int, max_response_tokens: int) -> No
     wanted = max_prompt_tokens + max_response_tokens
     if context is not None and wanted > context:
         raise ValueError(
-            f"max_prompt_tokens + max_response_tokens = {wanted}, but the model's context is {context} tokens; "
-            "lower one of them"
+            f"max_prompt_tokens + max_response_tokens = {wanted}, "
+            f"but the model's context is {context} tokens; lower one of them"
         )
 
 
@@ -82,25 +87,29 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def right_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Responses, padded on the right: ids (B, R) and mask (B, R). The mask comes from the lengths."""
+    """Responses, padded on the right: ids (B, R) and mask (B, R), which comes from the lengths."""
     longest = max(map(len, sequences))
     ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in sequences])
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return ids, torch.arange(longest) < lengths[:, None]
 
 
+def pieces(items, size: int) -> list:
+    """Consecutive pieces of `size` items, the last one perhaps smaller; of lists and tensors."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch: every index once, shuffled, rows of similar length together.
 
-    The order depends on (seed, epoch) alone, so a resumed run sees the batches it would have seen. Shuffled
-    blocks of 16 batches are sorted by length, which saves padding and keeps the batches random enough.
-    The last, smaller batch is dropped, unless it is the only one.
+    The order depends on (seed, epoch) alone, so a resumed run sees the batches it would have seen.
+    Shuffled blocks of 16 batches are sorted by length, which saves padding and keeps the batches
+    random enough. The last, smaller batch is dropped, unless it is the only one.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
-    block = 16 * batch_size
-    blocks = [sorted(order[i : i + block], key=lengths.__getitem__) for i in range(0, len(order), block)]
-    batches = [b[i : i + batch_size] for b in blocks for i in range(0, len(b), batch_size)]
+    blocks = [sorted(block, key=lengths.__getitem__) for block in pieces(order, 16 * batch_size)]
+    batches = [batch for block in blocks for batch in pieces(block, batch_size)]
     whole = [batch for batch in batches if len(batch) == batch_size] or batches
     return rng.sample(whole, len(whole))
 

@@ -1,9 +1,10 @@
 """Every setting of every stage, in frozen dataclasses; the command line is made from them.
 
-Each stage checks its own settings when it is made, so a wrong one is refused before anything is loaded or trained.
+Each config checks itself when it is made, so a wrong setting is refused before anything is loaded
+or trained.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,32 +12,42 @@ _PACKAGE = Path(__file__).parent
 # The wheel carries the data inside the package; in a checkout it stands beside it.
 DATA_DIR = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent / "data"
 
+# A number must be greater than 0. These may be 0 as well, which turns off what they are about.
+_MAY_BE_ZERO = ("warmup_steps", "kl_coef", "kl_loss_coef", "vf_coef", "missing_eos_penalty")
+_MAY_BE_ZERO += ("gamma", "lam", "best_of", "samples", "seed")
+# Where a config has both fields, the first must divide the second.
+_DIVIDES = (("n_head", "n_embd"), ("minibatch_size", "batch_size"))
+_DIVIDES += (("micro_batch_size", "minibatch_size"), ("micro_batch_size", "batch_size"))
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
 
 
-def _positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be greater than 0")
+class _Settings:
+    """What every config refuses when it is made: numbers and sizes that cannot work."""
 
-
-def _not_negative(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, f"{type(config).__name__}.{name} is {value}; it must not be negative")
-
-
-def _divides(config, small: str, big: str) -> None:
-    a, b = getattr(config, small), getattr(config, big)
-    name = type(config).__name__
-    _require(b % a == 0, f"{name}.{big} ({b}) is not a multiple of {name}.{small} ({a}); choose one that divides it")
+    def __post_init__(self):
+        kind, values = type(self).__name__, {f.name: getattr(self, f.name) for f in fields(self)}
+        for field in fields(self):
+            name, value = field.name, values[field.name]
+            is_number = field.default is None or type(field.default) in (int, float)
+            if not is_number or (value is None and field.default is None):
+                continue
+            if name in _MAY_BE_ZERO:
+                _require(value >= 0, f"{kind}.{name} is {value}; it must not be negative")
+            else:
+                _require(value > 0, f"{kind}.{name} is {value}; it must be greater than 0")
+        for small, big in _DIVIDES:
+            if small in values and big in values:
+                message = f"{kind}.{big} ({values[big]}) is not a multiple of "
+                message += f"{kind}.{small} ({values[small]}); choose one that divides it"
+                _require(values[big] % values[small] == 0, message)
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(_Settings):
     """The base model: a tiny GPT-2 and its tokenizer, trained on the text of the data set."""
 
     steps: int = 4000  # optimizer steps; the shipped base took 4000
@@ -51,15 +62,9 @@ class PretrainConfig:
     n_positions: int = 256  # longest sequence in tokens
     save_every: int = 500  # steps between checkpoints
 
-    def __post_init__(self):
-        _positive(self, "steps", "batch_size", "lr", "max_grad_norm", "vocab_size", "n_layer", "save_every")
-        _positive(self, "n_head", "n_embd", "n_positions")
-        _not_negative(self, "warmup_steps")
-        _divides(self, "n_head", "n_embd")
-
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(_Settings):
     """Supervised fine-tuning: imitate the demonstrations, response tokens only."""
 
     steps: int = 150  # optimizer steps
@@ -72,18 +77,12 @@ class SFTConfig:
     max_response_tokens: int = 48  # longer answers are dropped and counted
     save_every: int = 50  # steps between checkpoints
 
-    def __post_init__(self):
-        _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "save_every")
-        _positive(self, "max_prompt_tokens", "max_response_tokens")
-        _not_negative(self, "warmup_steps")
-        _divides(self, "micro_batch_size", "batch_size")
-
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """The reward model: all K(K-1)/2 pairs of a prompt in one batch, each answer through the model once."""
+class RewardConfig(_Settings):
+    """The reward model: all K(K-1)/2 pairs of a prompt in one batch, each answer read once."""
 
-    source: Literal["candidates", "pairs"] = "candidates"  # the SFT model's own ranked candidates, or pairs of --data
+    source: Literal["candidates", "pairs"] = "candidates"  # own ranked answers, or pairs of --data
     prompts: int = 4000  # prompts that candidates are sampled for
     candidates: int = 4  # K, answers a prompt; InstructGPT had 4 to 9
     epochs: int = 1  # passes over the rankings; reward models overfit in the second
@@ -99,15 +98,13 @@ class RewardConfig:
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        _positive(self, "prompts", "epochs", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "save_every")
-        _positive(self, "held_out", "max_prompt_tokens", "max_response_tokens")
-        _not_negative(self, "warmup_steps")
-        _require(self.candidates >= 2, f"RewardConfig.candidates is {self.candidates}; a ranking needs at least 2")
-        _divides(self, "micro_batch_size", "batch_size")
+        message = f"RewardConfig.candidates is {self.candidates}; a ranking needs at least 2"
+        _require(self.candidates >= 2, message)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class ValueConfig:
+class ValueConfig(_Settings):
     """Critic warm-up: the mean reward of a prompt's answers, before PPO begins (the notes, 2.3)."""
 
     prompts: int = 1024  # prompts whose answers are scored
@@ -120,31 +117,27 @@ class ValueConfig:
     held_out: int = 128  # prompts kept for the explained variance
     save_every: int = 50  # steps between checkpoints
 
-    def __post_init__(self):
-        _positive(self, "prompts", "candidates", "epochs", "batch_size", "lr", "max_grad_norm", "held_out", "save_every")
-        _not_negative(self, "warmup_steps")
-
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(_Settings):
     """PPO. A rollout of `batch_size` answers, then `ppo_epochs` passes in minibatches."""
 
     steps: int = 100  # rollouts, each followed by its updates
     batch_size: int = 64  # prompts (and answers) a rollout; 64 to 512
     minibatch_size: int = 32  # answers an optimizer step
-    micro_batch_size: int = 32  # answers that go through the models at once; same result, less memory
+    micro_batch_size: int = 32  # answers in the models at once; same result, less memory
     ppo_epochs: int = 2  # passes over a rollout; 1 to 4
     lr: float = 3e-4  # of the policy, falling to 0; 1e-6 for billions of parameters
     value_lr: float = 5e-4  # of the critic, falling to 0
     warmup_steps: int = 5  # linear warm-up
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, each model's own
     kl_coef: float = 0.05  # beta, the KL penalty in the reward; 0.01 to 0.2
-    kl_estimator: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # only kl has KL(policy, ref) as its gradient there
+    kl_estimator: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # see kl.py: kl is the sound one
     kl_loss_coef: float = 0.0  # c2, the KL as a term of the loss; 0 turns it off
-    kl_loss_estimator: Literal["full", "mse", "k3"] = "full"  # full or mse follow KL(policy, ref), k3 KL(ref, policy)
-    target_kl: float | None = None  # KL per sequence that an adaptive kl_coef aims at; None keeps it fixed
+    kl_loss_estimator: Literal["full", "mse", "k3"] = "full"  # k3 follows KL(ref, policy)
+    target_kl: float | None = None  # KL per sequence an adaptive kl_coef aims at; None: fixed
     kl_horizon: int = 10_000  # answers over which the adaptive kl_coef reacts
-    advantage: Literal["gae", "simple"] = "gae"  # per-token GAE, or the notes' R(x, y) - V(x) per answer
+    advantage: Literal["gae", "simple"] = "gae"  # per-token GAE, or R(x, y) - V(x) per answer
     gamma: float = 1.0  # discount; 1 for answers, which end
     lam: float = 0.95  # lambda of GAE; 1 is unbiased, smaller is less noisy
     whiten_advantages: bool = True  # mean 0, variance 1 over the rollout
@@ -161,28 +154,19 @@ class PPOConfig:
     save_every: int = 10  # steps between checkpoints
 
     def __post_init__(self):
-        _positive(self, "steps", "batch_size", "minibatch_size", "micro_batch_size", "ppo_epochs", "lr", "value_lr")
-        _positive(self, "max_grad_norm", "clip_range", "value_clip_range", "temperature", "kl_horizon", "save_every")
-        _positive(self, "max_prompt_tokens", "max_response_tokens")
-        _not_negative(self, "warmup_steps", "kl_coef", "kl_loss_coef", "vf_coef", "missing_eos_penalty")
-        _require(0 <= self.gamma <= 1, f"PPOConfig.gamma is {self.gamma}; it must lie in [0, 1]")
-        _require(0 <= self.lam <= 1, f"PPOConfig.lam is {self.lam}; it must lie in [0, 1]")
-        _divides(self, "minibatch_size", "batch_size")
-        _divides(self, "micro_batch_size", "minibatch_size")
-        for name in ("target_kl", "stop_kl", "stop_patience"):
-            if getattr(self, name) is not None:
-                _positive(self, name)
-        reasons = {
-            "kl": "its expected gradient in the loss is zero",
-            "abs": "it estimates no divergence",
-        }
-        refused = reasons.get(self.kl_loss_estimator)
-        message = f"kl_loss_estimator={self.kl_loss_estimator!r} is refused: {refused}; use full, mse or k3"
-        _require(refused is None, message)
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"PPOConfig.{name} is {value}; it must lie in [0, 1]")
+        super().__post_init__()
+        reasons = {"kl": "its expected gradient in the loss is zero"}
+        reasons["abs"] = "it estimates no divergence"
+        name = self.kl_loss_estimator
+        message = f"kl_loss_estimator={name!r} is refused: {reasons.get(name)}; use full, mse or k3"
+        _require(name not in reasons, message)
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Settings):
     """Evaluation on test prompts nobody trained on."""
 
     prompts: int = 512  # test prompts
@@ -192,19 +176,15 @@ class EvalConfig:
     max_prompt_tokens: int = 128  # longer prompts are dropped and counted
     max_response_tokens: int = 48  # answers are cut here
 
-    def __post_init__(self):
-        _positive(self, "prompts", "temperature", "max_prompt_tokens", "max_response_tokens")
-        _not_negative(self, "best_of", "samples")
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Settings):
     """Where a run reads, writes and computes."""
 
     name: str = "demo"  # the run's folder is runs/NAME
     out: Path = Path("runs")  # the folder of all runs
     data: str = "tiny_hh"  # tiny_hh, a file, a folder or a hub name
-    base: str = "base"  # the model to start from: a shipped checkpoint's name, a folder or a hub name
+    base: str = "base"  # where to start: a shipped checkpoint's name, a folder or a hub name
     seed: int = 0  # of everything random
     device: str = "auto"  # auto takes cuda if there, else cpu
     resume: bool = False  # go on where an interrupted run stopped
@@ -212,6 +192,4 @@ class RunConfig:
 
     def __post_init__(self):
         _require(bool(self.name), "RunConfig.name is empty; give the run a name")
-        _not_negative(self, "seed")
-        if self.limit is not None:
-            _positive(self, "limit")
+        super().__post_init__()

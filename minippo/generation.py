@@ -1,10 +1,11 @@
-"""Sampling answers over the model's KV cache, with per-row stopping and randomness that belongs to the row."""
+"""Sampling over the model's KV cache: rows stop one by one, and each row has its own randomness."""
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minippo.batching import left_pad, pieces
 from minippo.models import position_ids
 
 
@@ -14,58 +15,45 @@ def row_uniforms(seed: int, step: int, rows, length: int) -> Tensor:
     Philox is counter-based: row 7 of step 3 has its own stream, whichever rows stand beside it in
     the batch, on which rank, and whether others have finished. So a batch may be split at will.
     """
-    streams = [
-        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, row])).random(length)
-        for row in rows
-    ]
-    return torch.from_numpy(np.stack(streams))
+    streams = [np.random.Philox(key=seed, counter=[0, 0, step, row]) for row in rows]
+    return torch.from_numpy(np.stack([np.random.Generator(s).random(length) for s in streams]))
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """One token per row by inverting the cumulative distribution.
 
-    logits: (B, V), uniforms: (B,) in [0, 1) -> tokens (B,): the first whose cumulative probability exceeds u
+    logits: (B, V)
+    uniforms: (B,) in [0, 1)
+    returns: tokens (B,), the first whose cumulative probability exceeds the uniform number
     """
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
     threshold = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]  # the sum may miss 1
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
 def generate(
-    policy,
-    query: Tensor,
-    query_mask: Tensor,
-    max_response_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    seed: int,
-    step: int = 0,
-    rows=None,
-    temperature: float = 1.0,
-) -> Tensor:
+    policy, query: Tensor, query_mask: Tensor, max_response_tokens: int, eos_id: int, pad_id: int,
+    seed: int, step: int = 0, rows=None, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Samples a response to each query; a row stops at its EOS and leaves the batch.
 
     query, query_mask: (B, Q)  left-padded prompts
     rows: the global number of each row, which keys its randomness; 0 .. B-1 if None
     returns: response (B, R), R <= max_response_tokens, padded with pad_id after the first EOS
     """
-    count = query.shape[0]
+    count, device = query.shape[0], query.device
     rows = range(count) if rows is None else rows
-    uniforms = row_uniforms(seed, step, rows, max_response_tokens).to(query.device)
-    response = torch.full((count, max_response_tokens), pad_id, device=query.device)
-    alive = torch.arange(count, device=query.device)  # rows that are still being written
+    uniforms = row_uniforms(seed, step, rows, max_response_tokens).to(device)
+    response = torch.full((count, max_response_tokens), pad_id, device=device)
+    alive = torch.arange(count, device=device)  # rows that are still being written
     mask, tokens, cache = query_mask.long(), query, None
     for t in range(max_response_tokens):
-        positions = position_ids(mask)[:, -tokens.shape[1] :]
         output = policy(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+            input_ids=tokens, attention_mask=mask, logits_to_keep=1, past_key_values=cache,
+            position_ids=position_ids(mask)[:, -tokens.shape[1] :], use_cache=True,
+        )  # fmt: skip
         cache = output.past_key_values
         sampled = sample_tokens(output.logits[:, -1], uniforms[alive, t], temperature)
         response[alive, t] = sampled
@@ -79,36 +67,25 @@ def generate(
     return response[:, : t + 1]
 
 
-def generate_many(policy, prompts: list[list[int]], tokenizer, max_response_tokens, seed, step=0, **options):
-    """Answers to any number of tokenised prompts, in batches of similar length; returns lists of token ids.
+def generate_many(
+    policy, prompts: list[list[int]], tokenizer, max_response_tokens, seed, step=0, **options
+) -> list[list[int]]:
+    """Answers to any number of tokenised prompts, in their order, as lists of token ids.
 
-    Which prompts share a batch changes nothing, since randomness is keyed by the prompt's place.
+    Prompts of similar length share a batch. Which ones do changes nothing, since randomness is
+    keyed by the prompt's place.
     options: batch_size (256), temperature (1.0), on_batch (called with the number of prompts done)
     """
-    from minippo.batching import left_pad
-
     size, on_batch = options.pop("batch_size", 256), options.pop("on_batch", None)
-    device = next(policy.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
+    limits = (max_response_tokens, eos_id, tokenizer.pad_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        query, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
-        response = generate(
-            policy,
-            query.to(device),
-            mask.to(device),
-            max_response_tokens,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            seed,
-            step,
-            rows,
-            **options,
-        ).cpu()
+    for rows in pieces(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), size):
+        padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
+        query, mask = (x.to(device) for x in padded)
+        response = generate(policy, query, mask, *limits, seed, step, rows, **options)
         for row, ids in zip(rows, response.tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            answers[row] = ids[:end]
+            answers[row] = ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
         if on_batch:
             on_batch(len(rows))
     return answers

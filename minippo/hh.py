@@ -16,6 +16,8 @@ A row that is not of this form is refused with the first kind of `KINDS` that ap
 its dialogues. Nothing is repaired: a bad row stops the loading, or is left out and counted.
 """
 
+from __future__ import annotations
+
 import gzip
 import json
 import re
@@ -24,10 +26,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from minippo.config import DATA_DIR
+
+if TYPE_CHECKING:  # imported where it is needed: it takes a second, and parsing does without
+    import datasets
 
 # In order of precedence. missing_key: not an object with "chosen" and "rejected"; not_text: a field
 # of the wrong type (those two must be text, a margin a finite number); not_alternating: not Human,
@@ -90,7 +94,7 @@ def parse_dialogue(text: str) -> list[tuple[str, str]]:
     for kind, applies, found in checks:
         if applies:
             raise BadPair(kind, found)
-    return list(zip(roles, texts))
+    return list(zip(roles, texts, strict=True))
 
 
 def format_prompt(instruction: str, history: Sequence[Sequence[str]] = ()) -> str:
@@ -112,13 +116,14 @@ def parse_pair(row: dict) -> dict:
     """
     _check_fields(row)
     chosen, rejected = _parse_sides(row)
-    for a, b in zip([*chosen[:-1], len(chosen)], [*rejected[:-1], len(rejected)]):
+    shared = [*chosen[:-1], len(chosen)], [*rejected[:-1], len(rejected)]
+    for a, b in zip(*shared, strict=False):  # the first difference ends it
         if a != b:
             raise BadPair("diverging_history", f"chosen has {_short(a)}, rejected {_short(b)}")
     if chosen == rejected:
         raise BadPair("identical_answers", _short(chosen[-1][1]))
     *earlier, instruction, answer = [text for _, text in chosen]
-    history = [list(turns) for turns in zip(earlier[::2], earlier[1::2])]
+    history = [list(turns) for turns in zip(earlier[::2], earlier[1::2], strict=True)]
     pair = dict(instruction=instruction, chosen=answer, rejected=rejected[-1][1], history=history)
     return pair if row.get("margin") is None else {**pair, "margin": float(row["margin"])}
 
@@ -208,6 +213,8 @@ def _decode(raw: object) -> object:
 
 
 def _build_dataset(rows: list[dict]) -> datasets.Dataset:
+    import datasets
+
     text = datasets.Value("string")
     columns = dict(id=text, instruction=text, chosen=text, rejected=text, history=[[text]])
     if any("margin" in row for row in rows):
@@ -265,6 +272,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
 
 
 def _open_dataset(source: str | Path, split: str | None) -> Iterable[dict]:
+    import datasets
+
     load = datasets.load_from_disk if isinstance(source, Path) else datasets.load_dataset
     try:
         loaded = load(str(source))

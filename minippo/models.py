@@ -1,6 +1,7 @@
-"""The four models: policy, reference, reward model and value model, over any decoder-only Hugging Face backbone.
+"""The four models: policy, reference, reward model and value model.
 
-Dropout is off in all of them: they stay in eval mode, through which gradients flow just as well.
+Each is over any decoder-only Hugging Face backbone. Dropout is off in all of them: they stay in
+eval mode, through which gradients flow just as well.
 """
 
 import copy
@@ -27,42 +28,46 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def tiny_gpt2(vocab_size, n_layer=2, n_embd=128, n_head=4, n_positions=256, eos_id=1, pad_id=0, seed=0):
+def forward_pass(model, tokens: Tensor, attention_mask: Tensor, **options):
+    """One pass over whole padded sequences, (B, T) each, with the positions of the contract."""
+    places = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+    return model(input_ids=tokens, use_cache=False, **places, **options)
+
+
+def tiny_gpt2(
+    vocab_size, n_layer=2, n_embd=128, n_head=4, n_positions=256, eos_id=1, pad_id=0, seed=0
+):
     """A freshly initialised `transformers` GPT-2 without dropout; returns a GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions)
     config = GPT2Config(
-        vocab_size=vocab_size,
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_positions=n_positions,
-        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one kernel
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=eos_id,
-        eos_token_id=eos_id,
-        pad_token_id=pad_id,
-    )
+        vocab_size=vocab_size, **sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # the function of GPT-2's gelu_new, in one kernel
+        bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=pad_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config).eval()
 
 
 def resolve_checkpoint(path_or_name) -> str:
-    """The folder of a shipped checkpoint ("base", "sft", "reward", "value", "ppo"), or what was given."""
+    """The folder of a shipped checkpoint (base, sft, reward, value, ppo), or what was given."""
     shipped = DATA_DIR / "checkpoints" / str(path_or_name)
     return str(shipped) if shipped.is_dir() else str(path_or_name)
 
 
 def load_tokenizer(path_or_name):
-    """The tokenizer saved beside a checkpoint; it must have an EOS. Without a padding token EOS pads."""
+    """The tokenizer saved beside a checkpoint. Without a padding token EOS pads.
+
+    Raises ValueError if there is none, or if it has no EOS.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_existing(path_or_name))
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path_or_name} has no EOS token; answers could never end: set eos_token")
+        message = f"the tokenizer of {path_or_name} has no EOS token"
+        raise ValueError(f"{message}; answers could never end: set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so this is safe
     return tokenizer
@@ -71,7 +76,8 @@ def load_tokenizer(path_or_name):
 def load_policy(path_or_name):
     """A causal language model in float32, dropout off, from a shipped name, a folder or the hub.
 
-    Raises ValueError if there is none, or if it takes no position ids (left padding would shift its answers).
+    Raises ValueError if there is none, or if it takes no position ids: left padding would shift
+    its answers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,8 +88,8 @@ def load_policy(path_or_name):
 def checked_policy(model):
     """The model, if its forward takes position ids; ValueError otherwise."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        kind = type(model).__name__
-        raise ValueError(f"{kind} takes no position_ids, which left-padded prompts need; use e.g. a GPT-2 or a Llama")
+        message = f"{type(model).__name__} takes no position_ids, which left-padded prompts need"
+        raise ValueError(f"{message}; use e.g. a GPT-2 or a Llama")
     return model.eval()
 
 
@@ -92,7 +98,8 @@ def _existing(path_or_name) -> str:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not (Path(path) / "config.json").is_file() and looks_local:
         shipped = sorted(p.name for p in (DATA_DIR / "checkpoints").glob("*") if p.is_dir())
-        raise ValueError(f"no checkpoint at {path_or_name!r}; shipped ones are {shipped}, else give a folder or hub name")
+        message = f"no checkpoint at {path_or_name!r}; shipped ones are {shipped}"
+        raise ValueError(f"{message}, else give a folder or hub name")
     return path
 
 
@@ -111,24 +118,20 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def response_logits(model, tokens: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """Logits that predict the response tokens; only these positions go through the vocabulary projection.
+    """Logits that predict the response tokens, the only ones that are computed.
 
     tokens, attention_mask: (B, T)  query and response
     returns: (B, R, V)              logits[:, t] predicts response[:, t]
     """
-    kept = response_length + 1  # the position before the response, and the response; the last one predicts nothing
-    output = model(
-        input_ids=tokens,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        logits_to_keep=kept,
-    )
-    return output.logits[:, -kept:-1]
+    kept = response_length + 1  # from the token before the response on; the last predicts nothing
+    return forward_pass(model, tokens, attention_mask, logits_to_keep=kept).logits[:, -kept:-1]
 
 
 class _ScalarHead(nn.Module):
-    """A backbone with a head of width 1: `AutoModelForSequenceClassification(num_labels=1)` read at any position."""
+    """A backbone with a head of width 1, readable at any position.
+
+    It is an `AutoModelForSequenceClassification(num_labels=1)`, so that it loads in transformers.
+    """
 
     def __init__(self, classifier):
         super().__init__()
@@ -145,7 +148,8 @@ class _ScalarHead(nn.Module):
 
         config = copy.deepcopy(policy.config)
         config.num_labels = 1
-        classifier = AutoModelForSequenceClassification.from_config(config).to(policy.device, policy.dtype)
+        classifier = AutoModelForSequenceClassification.from_config(config)
+        classifier = classifier.to(policy.device, policy.dtype)
         classifier.base_model.load_state_dict(policy.base_model.state_dict())
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(classifier.score.weight.shape, generator=generator)
@@ -155,33 +159,39 @@ class _ScalarHead(nn.Module):
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) -> (B, T, H), the backbone's last hidden states."""
-        output = self.classifier.base_model(
-            input_ids=tokens,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        )
-        return output.last_hidden_state
+        return forward_pass(self.classifier.base_model, tokens, attention_mask).last_hidden_state
 
     def save(self, folder) -> None:
         """Writes what `AutoModelForSequenceClassification.from_pretrained` reads."""
         self.classifier.save_pretrained(folder)
 
+    @classmethod
+    def load(cls, path_or_name):
+        """Reads what `save` wrote; ValueError if there is none."""
+        from transformers import AutoModelForSequenceClassification as Classifier
+
+        path = _existing(path_or_name)
+        return cls(Classifier.from_pretrained(path, num_labels=1, dtype=torch.float32))
+
 
 class RewardModel(_ScalarHead):
     """One score per sequence, read at its last token that counts.
 
-    `mean` and `std` are those of its scores on reference samples; they standardise scores (see rewards.py), are kept
-    beside the weights in reward_stats.json, and never change what this model returns.
+    `mean` and `std` are those of its scores on reference samples; they standardise scores (see
+    rewards.py), are kept beside the weights in reward_stats.json, and never change what this model
+    returns.
     """
 
     mean: float = 0.0
     std: float = 1.0
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, query_length: int = 0) -> Tensor:
-        """tokens, attention_mask: (B, T), padded on either side -> scores (B,). Fits PPO's `score_fn`."""
+        """tokens, attention_mask: (B, T), padded on either side -> scores (B,).
+
+        Fits PPO's `score_fn`, which is why it takes a query_length.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        last = (attention_mask.long() * (positions + 1)).argmax(-1)  # the last True, also with left padding
+        last = (attention_mask.long() * (positions + 1)).argmax(-1)  # also with left padding
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         hidden = self.hidden(tokens, attention_mask)[rows, last]
         return self.classifier.score(hidden).squeeze(-1)
@@ -195,7 +205,7 @@ class RewardModel(_ScalarHead):
     @classmethod
     def load(cls, path_or_name):
         """Reads what `save` wrote; ValueError if there is none."""
-        model = cls(_load_classifier(path_or_name))
+        model = super().load(path_or_name)
         stats = Path(resolve_checkpoint(path_or_name)) / "reward_stats.json"
         if stats.is_file():
             model.mean, model.std = json.loads(stats.read_text(encoding="utf-8")).values()
@@ -203,7 +213,7 @@ class RewardModel(_ScalarHead):
 
 
 class ValueModel(_ScalarHead):
-    """The critic: a value before each response token. A model of its own, with a fresh zero head."""
+    """The critic: a value before each response token. A model of its own, with a zero head."""
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel):
@@ -213,21 +223,9 @@ class ValueModel(_ScalarHead):
         return model
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-        """tokens, attention_mask: (B, T) -> values (B, R); values[:, t] is V(query, response[:t])."""
+        """tokens, attention_mask: (B, T) -> values (B, R); [:, t] is V(query, response[:t])."""
         hidden = response_window(self.hidden(tokens, attention_mask), response_length)
         return self.classifier.score(hidden).squeeze(-1)
-
-    @classmethod
-    def load(cls, path_or_name):
-        """Reads what `save` wrote; ValueError if there is none."""
-        return cls(_load_classifier(path_or_name))
-
-
-def _load_classifier(path_or_name):
-    from transformers import AutoModelForSequenceClassification
-
-    path = _existing(path_or_name)
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
 
 
 def autocast(device: torch.device):

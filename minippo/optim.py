@@ -1,4 +1,4 @@
-"""What all trainings share: AdamW as PPO wants it, the schedule, clipping, and what happens after each step."""
+"""What all trainings share: AdamW as PPO wants it, schedule, clipping, the loop and its hooks."""
 
 import math
 
@@ -11,13 +11,13 @@ class NonFiniteError(ValueError):
 
 
 class Hooks:
-    """What a training calls; the default does nothing, so library calls are silent and leave no files.
+    """What a training calls; the default does nothing: library calls are silent, leave no files.
 
-    `run.py` has the one that draws progress bars, writes metrics and checkpoints, and resumes.
+    `run.py` has the ones that draw progress bars, write metrics and checkpoints, and resume.
     """
 
     def start(self, stage: str, total: int, state: dict) -> int:
-        """Called once with everything that must be saved; returns the step to begin at, restoring `state`."""
+        """Called once with all that must be saved; restores it, returns the step to begin at."""
         return 0
 
     def step(self, stage: str, step: int, metrics: dict[str, float]) -> None:
@@ -25,7 +25,10 @@ class Hooks:
 
 
 def adamw(models: dict[str, nn.Module], lrs: dict[str, float]) -> torch.optim.AdamW:
-    """One AdamW with a parameter group per model; eps 1e-5 as in PPO's reference code (37 details), fused on CUDA."""
+    """One AdamW with a parameter group per model, fused on CUDA.
+
+    eps is 1e-5 as in PPO's reference code ("37 implementation details").
+    """
     groups = []
     for name, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -49,27 +52,54 @@ def set_learning_rate(optimizer, step: int, total: int, warmup_steps: int) -> No
 
 
 def optimizer_step(optimizer, max_grad_norm: float) -> dict[str, Tensor]:
-    """Clips each model's gradients, steps, clears them; returns the norms before clipping as grad_norm/NAME."""
+    """Clips each model's gradients on its own, steps, clears them.
+
+    returns: the norms before clipping, as grad_norm/NAME
+    """
     norms = {}
     for group in optimizer.param_groups:
-        norms[f"grad_norm/{group['name']}"] = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        norms[f"grad_norm/{group['name']}"] = norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
 
 
 def finite_metrics(stage: str, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Metrics as floats, moved off the device once a step; a NaN or an infinity anywhere stops the training here.
+    """Metrics as floats, moved off the device once a step; NonFiniteError names what is not finite.
 
-    A mean over minibatches is the flag: one that is not finite makes the mean not finite.
+    Means over minibatches are enough to see it: one NaN makes the mean NaN.
     """
-    device = next((v.device for v in metrics.values() if isinstance(v, Tensor)), None)
-    flat = [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in metrics.values()]
+    values = metrics.values()
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)
+    flat = [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]
     floats = dict(zip(metrics, torch.stack(flat).tolist(), strict=True))
     broken = [name for name, value in floats.items() if not math.isfinite(value)]
     if broken:
         raise NonFiniteError(
-            f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite; the last checkpoint is from before. "
+            f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite; "
+            "the last checkpoint is from before. "
             "Lower the learning rate, or look at the rewards with `minippo report`"
         )
     return floats
+
+
+def training_loop(stage: str, models: dict, plan, gradients, config, hooks=None) -> list[dict]:
+    """The loop that all trainings but PPO share; returns the metrics of each step.
+
+    models: {name: the model that is trained}
+    plan: the rows of each step's batch, as indices
+    gradients: (indices) -> metrics; leaves the gradients of that batch in the model
+    config: its lr, warmup_steps and max_grad_norm are used
+    Raises NonFiniteError when a metric is NaN or infinite.
+    """
+    hooks, history, total = hooks or Hooks(), [], len(plan)
+    optimizer = adamw(models, dict.fromkeys(models, config.lr))
+    first = hooks.start(stage, total, {**models, "optimizer": optimizer})
+    for step in range(first, total):
+        set_learning_rate(optimizer, step, total, config.warmup_steps)
+        metrics = gradients(plan[step])
+        norms = optimizer_step(optimizer, config.max_grad_norm)
+        history.append(finite_metrics(stage, step, {**metrics, **norms}))
+        hooks.step(stage, step, history[-1])
+    return history

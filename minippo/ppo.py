@@ -1,4 +1,4 @@
-"""PPO: a rollout, then a few passes over it with the clipped losses. `ppo_loss`, `ppo_update`, `train_ppo`."""
+"""PPO: a rollout, then a few passes over it with the clipped losses."""
 
 import torch
 
@@ -14,30 +14,32 @@ from minippo.rollout import collect_rollout, rollout_metrics
 
 
 def ppo_loss(policy, ref_policy, value_model, batch, config: PPOConfig):
-    """L = L_policy + c1 L_value + c2 L_KL on a batch of a rollout; returns the loss and its statistics."""
-    tokens, attention_mask, response, mask = batch.tokens, batch.attention_mask, batch.response, batch.mask
-    with autocast(tokens.device):
-        logits = response_logits(policy, tokens, attention_mask, response.shape[1]).float()
-        values = value_model(tokens, attention_mask, response.shape[1]).float()
-    logprobs = gather_logprobs(logits, response, config.temperature)
-    pg_loss, stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.clip_range)
-    vf_loss, vf_stats = value_loss(values, batch.values, batch.returns, mask, config.value_clip_range)
-    kl_loss = kl_penalty_loss(logits, logprobs, ref_policy, batch, config) if config.kl_loss_coef else 0.0
+    """L_policy + c1 L_value + c2 L_KL on rows of a rollout; returns the loss and its statistics."""
+    response, mask, places = batch.response, batch.mask, (batch.tokens, batch.attention_mask)
+    with autocast(response.device):
+        logits = response_logits(policy, *places, response.shape[1]).float()
+        values = value_model(*places, response.shape[1]).float()
+    logprobs, clip = gather_logprobs(logits, response, config.temperature), config.clip_range
+    pg_loss, pg_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, clip)
+    clip = config.value_clip_range
+    vf_loss, vf_stats = value_loss(values, batch.values, batch.returns, mask, clip)
+    kl_loss = 0.0
+    if config.kl_loss_coef:
+        kl_loss = kl_penalty_loss(logits, logprobs, ref_policy, batch, config)
     loss = ppo_objective(pg_loss, vf_loss, kl_loss, config.vf_coef, config.kl_loss_coef)
-    losses = {"loss/policy": pg_loss, "loss/value": vf_loss, "loss/kl": kl_loss, "loss/total": loss}
-    stats = {f"policy/{k}": v for k, v in stats.items()} | {f"value/{k}": v for k, v in vf_stats.items()}
-    return loss, {**losses, **stats}
+    stats = {"loss/policy": pg_loss, "loss/value": vf_loss, "loss/kl": kl_loss, "loss/total": loss}
+    stats |= {f"policy/{name}": value for name, value in pg_stats.items()}
+    return loss, stats | {f"value/{name}": value for name, value in vf_stats.items()}
 
 
 def ppo_update(policy, ref_policy, value_model, optimizer, rollout, config: PPOConfig, generator):
-    """`ppo_epochs` passes over a rollout; returns the mean of each statistic over the optimizer steps."""
-    sums: dict = {}
-    count = 0
+    """`ppo_epochs` passes over a rollout; returns the statistics' means over optimizer steps."""
+    sums, count = {}, 0
     for _ in range(config.ppo_epochs):
         for minibatch in rollout.minibatches(config.minibatch_size, generator):
             for batch, share in minibatch.micro_batches(config.micro_batch_size):
                 loss, stats = ppo_loss(policy, ref_policy, value_model, batch, config)
-                (loss * share).backward()  # token means: the shares make them the minibatch's mean
+                (loss * share).backward()  # shares of the tokens: adds up to the minibatch's mean
                 _add(sums, stats, share)
             _add(sums, optimizer_step(optimizer, config.max_grad_norm), 1)
             count += 1
@@ -50,8 +52,10 @@ def train_ppo(
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains policy and critic in place on tokenised prompts; returns the metrics of each step.
 
-    score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,): a model, a rule, an oracle
+    score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); a model or a rule
     score_stats: mean and std of its scores on reference samples
+    Raises ValueError if the context is too short or score_fn does not return (B,), and
+    NonFiniteError when a metric is NaN or infinite.
     """
     check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
     hooks, history = hooks or Hooks(), []
@@ -59,17 +63,20 @@ def train_ppo(
     optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
     progress = {"kl_coef": config.kl_coef, "best_score": None, "best_step": 0}
     plan = batch_plan([len(p) for p in prompts], config.batch_size, config.steps, seed)
-    first = hooks.start("ppo", config.steps, {**models, "optimizer": optimizer, "progress": progress})
+    state = {**models, "optimizer": optimizer, "progress": progress}
+    first = hooks.start("ppo", config.steps, state)
     for step in range(first, config.steps):
         set_learning_rate(optimizer, step, config.steps, config.warmup_steps)
         rollout = collect_rollout(
-            policy, ref_policy, value_model, score_fn, [prompts[i] for i in plan[step]], tokenizer, config,
-            kl_coef=progress["kl_coef"], score_stats=score_stats, seed=seed, step=step, rows=plan[step],
+            policy, ref_policy, value_model, score_fn, [prompts[i] for i in plan[step]], tokenizer,
+            config, kl_coef=progress["kl_coef"], score_stats=score_stats, seed=seed, step=step,
+            rows=plan[step],
         )  # fmt: skip
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         stats = ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator)
         metrics = rollout_metrics(rollout, tokenizer.eos_token_id)
-        metrics = finite_metrics("ppo", step, {**metrics, "objective/kl_coef": progress["kl_coef"], **stats})
+        metrics |= {"objective/kl_coef": progress["kl_coef"], **stats}
+        metrics = finite_metrics("ppo", step, metrics)
         history.append(metrics)
         stop = update_progress(progress, metrics, step, config)
         hooks.step("ppo", step, metrics)
@@ -79,22 +86,22 @@ def train_ppo(
 
 
 def kl_penalty_loss(logits, logprobs, ref_policy, batch, config: PPOConfig):
-    """L_KL, the KL as a term of the loss: the masked mean of the chosen estimator, with gradient."""
+    """L_KL, the KL as a term of the loss: the masked mean of the chosen estimator."""
     pair = (logprobs, batch.ref_logprobs)
     if config.kl_loss_estimator == "full":
+        places, length = (batch.tokens, batch.attention_mask), batch.response.shape[1]
         with torch.no_grad(), autocast(logits.device):
-            length = batch.response.shape[1]
-            ref_logits = response_logits(ref_policy, batch.tokens, batch.attention_mask, length).float()
+            ref_logits = response_logits(ref_policy, *places, length).float()
         pair = tuple(torch.log_softmax(x / config.temperature, -1) for x in (logits, ref_logits))
     return masked_mean(KL_ESTIMATORS[config.kl_loss_estimator](*pair), batch.mask)
 
 
-def update_progress(progress: dict, metrics: dict[str, float], step: int, config: PPOConfig) -> bool:
-    """Adapts kl_coef if a target is set, remembers the best score; True if the stop rule says so."""
+def update_progress(progress: dict, metrics: dict, step: int, config: PPOConfig) -> bool:
+    """Adapts kl_coef if a target is set, remembers the best score; True if it is time to stop."""
     kl, score = metrics["objective/kl_per_sequence"], metrics["objective/scores"]
     if config.target_kl is not None:
-        horizon, batch = config.kl_horizon, config.batch_size
-        progress["kl_coef"] = adapt_kl_coef(progress["kl_coef"], kl, config.target_kl, horizon, batch)
+        controller = (config.target_kl, config.kl_horizon, config.batch_size)
+        progress["kl_coef"] = adapt_kl_coef(progress["kl_coef"], kl, *controller)
     if progress["best_score"] is None or score > progress["best_score"]:
         progress.update(best_score=score, best_step=step)
     too_far = config.stop_kl is not None and kl > config.stop_kl

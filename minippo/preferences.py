@@ -80,7 +80,7 @@ def _full_ranking(pairs: list[dict]) -> list[str]:
     ranked = sorted({answer for sides in stated for answer in sides}, key=lambda a: (-wins[a], a))
     if stated != set(combinations(ranked, 2)):
         return []
-    scores = dict(zip(ranked, _row(pairs, ranked).get("scores", [])))
+    scores = dict(zip(ranked, _row(pairs, ranked).get("scores", []), strict=False))
     gaps = [scores[p["chosen"]] - scores[p["rejected"]] - p["margin"] for p in pairs if scores]
     return ranked if all(abs(gap) <= 1e-6 for gap in gaps) else []
 

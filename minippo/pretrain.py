@@ -1,19 +1,19 @@
-"""Pretraining: a byte-level BPE and a tiny GPT-2 on plain text. The base from which everything starts."""
+"""Pretraining: a byte-level BPE and a tiny GPT-2 on plain text, from which everything starts."""
 
 import torch
 from torch import Tensor
 
-from minippo.batching import batch_plan, right_pad
+from minippo.batching import batch_plan, pieces, right_pad
 from minippo.config import PretrainConfig
 from minippo.losses import lm_loss
-from minippo.models import position_ids
-from minippo.optim import Hooks, adamw, finite_metrics, optimizer_step, set_learning_rate
+from minippo.models import forward_pass
+from minippo.optim import training_loop
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 
 
 def train_tokenizer(texts, vocab_size: int):
-    """A byte-level BPE trained on `texts`; any text can be encoded. `<|pad|>` is id 0, `<|endoftext|>` id 1."""
+    """A byte-level BPE trained on `texts`; it encodes any text. PAD is id 0, EOS id 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -21,48 +21,49 @@ def train_tokenizer(texts, vocab_size: int):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS],
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS)
 
 
-def train_lm(model, sequences: list[list[int]], config: PretrainConfig, pad_id: int, seed=0, hooks=None):
+def train_lm(
+    model, sequences: list[list[int]], config: PretrainConfig, pad_id: int, seed=0, hooks=None
+) -> dict[str, float]:
     """Next-token prediction on whole texts; returns the metrics of the last step.
 
     model: a causal LM, trained in place
-    sequences: token ids of one text each, EOS at the end; longer than the model's context is refused
+    sequences: token ids of one text each, EOS at the end
+    Raises ValueError if a text is longer than the model's context.
     """
-    hooks = hooks or Hooks()
     longest, context = max(map(len, sequences)), model.config.max_position_embeddings
     if longest > context:
-        raise ValueError(f"a text of {longest} tokens does not fit the context of {context}; cut or drop it first")
-    optimizer = adamw({"policy": model}, {"policy": config.lr})
-    plan = batch_plan([len(s) for s in sequences], config.batch_size, config.steps, seed)
-    device, metrics = next(model.parameters()).device, {}
-    first = hooks.start("pretrain", config.steps, {"policy": model, "optimizer": optimizer})
-    for step in range(first, config.steps):
-        set_learning_rate(optimizer, step, config.steps, config.warmup_steps)
-        tokens, mask = right_pad([sequences[i] for i in plan[step]], pad_id)
+        message = f"a text of {longest} tokens does not fit the context of {context}"
+        raise ValueError(f"{message}; cut or drop it first")
+    device = next(model.parameters()).device
+
+    def gradients(indices):
+        tokens, mask = right_pad([sequences[i] for i in indices], pad_id)
         loss = text_loss(model, tokens.to(device), mask.to(device))
         loss.backward()
-        norms = optimizer_step(optimizer, config.max_grad_norm)
-        metrics = finite_metrics("pretrain", step, {"loss/lm": loss, **norms})
-        hooks.step("pretrain", step, metrics)
-    return metrics
+        return {"loss/lm": loss}
+
+    plan = batch_plan([len(s) for s in sequences], config.batch_size, config.steps, seed)
+    history = training_loop("pretrain", {"policy": model}, plan, gradients, config, hooks)
+    return history[-1] if history else {}
 
 
 def text_loss(model, tokens: Tensor, mask: Tensor) -> Tensor:
-    """lm_loss over every real token of (B, T) right-padded texts."""
-    output = model(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    return lm_loss(output.logits, tokens, mask)
+    """lm_loss over every real token of (B, T) right-padded texts. Returns ()."""
+    return lm_loss(forward_pass(model, tokens, mask).logits, tokens, mask)
 
 
 def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
-    """Token ids of each text with EOS, and how many texts were dropped because they exceed the context."""
+    """Token ids of each text with EOS, and how many texts were dropped as longer than the context.
+
+    Raises ValueError if none is left.
+    """
     sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
     kept = [sequence for sequence in sequences if len(sequence) <= context]
     if not kept:
@@ -70,13 +71,13 @@ def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
     return kept, len(sequences) - len(kept)
 
 
+@torch.no_grad()
 def perplexity(model, sequences: list[list[int]], pad_id: int, batch_size: int = 64) -> float:
     """exp of the mean loss per token on held-out texts."""
     total, count = 0.0, 0
-    with torch.no_grad():
-        for i in range(0, len(sequences), batch_size):
-            tokens, mask = right_pad(sequences[i : i + batch_size], pad_id)
-            predicted = int(mask[:, 1:].sum())
-            total += float(text_loss(model, tokens, mask)) * predicted
-            count += predicted
+    for piece in pieces(sequences, batch_size):
+        tokens, mask = right_pad(piece, pad_id)
+        predicted = int(mask[:, 1:].sum())
+        total += float(text_loss(model, tokens, mask)) * predicted
+        count += predicted
     return float(torch.tensor(total / count).exp())

@@ -1,12 +1,13 @@
-"""One phase of acting: sample answers, score them, and turn the scores into advantages per token."""
+"""One phase of acting: sample answers, score them, turn the scores into advantages per token."""
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minippo.advantages import gae, simple_advantages
-from minippo.batching import left_pad
+from minippo.batching import left_pad, pieces
 from minippo.config import PPOConfig
 from minippo.generation import generate
 from minippo.kl import KL_ESTIMATORS
@@ -45,11 +46,13 @@ class Rollout:
     def minibatches(self, size: int, generator: torch.Generator):
         """Shuffled minibatches of `size` rows, each row once."""
         order = torch.randperm(len(self.tokens), generator=generator).to(self.tokens.device)
-        for start in range(0, len(order), size):
-            yield self.rows(order[start : start + size])
+        return (self.rows(indices) for indices in pieces(order, size))
 
     def micro_batches(self, size: int):
-        """Consecutive pieces, each with its share of the tokens: shares weight losses into the mean of the whole."""
+        """Consecutive pieces of `size` rows, each with its share of the tokens.
+
+        Token means weighted by these shares add up to the mean over the whole.
+        """
         total = self.mask.sum()
         for start in range(0, len(self.tokens), size):
             part = self.rows(slice(start, start + size))
@@ -58,70 +61,54 @@ class Rollout:
 
 @torch.no_grad()
 def collect_rollout(
-    policy,
-    ref_policy,
-    value_model,
-    score_fn,
-    prompts: list[list[int]],
-    tokenizer,
-    config: PPOConfig,
-    *,
-    kl_coef: float | None = None,
-    score_stats: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
-    step: int = 0,
-    rows=None,
-) -> Rollout:
+    policy, ref_policy, value_model, score_fn, prompts: list[list[int]], tokenizer,
+    config: PPOConfig, *, kl_coef: float | None = None,
+    score_stats: tuple[float, float] = (0.0, 1.0), seed: int = 0, step: int = 0, rows=None,
+) -> Rollout:  # fmt: skip
     """Samples one answer to each prompt and computes everything PPO needs of it.
 
     score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,)
     kl_coef: the coefficient in force (config.kl_coef if None)
     score_stats: mean and std of scores on reference samples
     rows: global numbers of the prompts, which key the sampling
-    Raises ValueError if score_fn returns anything but B finite numbers.
+    Raises ValueError if score_fn returns anything but one score per answer.
     """
-    device = next(policy.parameters()).device
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-
     # 1. Sample. The mask comes from the position of EOS, never from token != pad.
-    query, query_mask = (x.to(device) for x in left_pad(prompts, pad_id))
-    limit, heat = config.max_response_tokens, config.temperature
-    response = generate(
-        policy, query, query_mask, limit, eos_id, pad_id, seed, step, rows, temperature=heat
-    )
-    mask = response_mask(response, eos_id)
-    tokens, attention_mask = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1)
-
+    samples = _sample(policy, prompts, tokenizer, config, seed, step, rows)
+    tokens, attention_mask, response, mask = samples
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
-    views = [
-        _model_views(policy, ref_policy, value_model, *piece, config)
-        for piece in _pieces(config.micro_batch_size, tokens, attention_mask, response, mask)
-    ]
-    logprobs, ref_logprobs, kl, entropy, values = map(torch.cat, zip(*views, strict=True))
-
+    view = partial(_model_views, policy, ref_policy, value_model, config)
+    views = map(view, *(tensor.split(config.micro_batch_size) for tensor in samples))
+    logprobs, ref_logprobs, values, kl, entropy = map(torch.cat, zip(*views, strict=True))
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
-    raw_scores = _checked_scores(score_fn(tokens, attention_mask, query.shape[1]), len(prompts))
+    query_length, eos_id = tokens.shape[1] - response.shape[1], tokenizer.eos_token_id
+    raw_scores = _checked_scores(score_fn(tokens, attention_mask, query_length), len(prompts))
     scores = standardize_scores(raw_scores, *score_stats)
     scores = penalize_missing_eos(scores, mask, response, eos_id, config.missing_eos_penalty)
-
-    # 4. Rewards per token, then advantages and returns; whitening comes after the returns.
-    coefficient = config.kl_coef if kl_coef is None else kl_coef
-    rewards = per_token_rewards(scores, kl, mask, coefficient)
+    # 4. Rewards per token: the KL penalty at each, the score at the last that counts.
+    rewards = per_token_rewards(scores, kl, mask, config.kl_coef if kl_coef is None else kl_coef)
+    # 5. Advantages and returns; whitening comes after the returns.
     advantages, returns = estimate_advantages(rewards, values, mask, config)
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     return Rollout(
-        tokens, attention_mask, response, mask, logprobs, ref_logprobs, values, kl, entropy,
+        *samples, logprobs, ref_logprobs, values, kl, entropy,
         raw_scores, scores, rewards, advantages, returns,
     )  # fmt: skip
 
 
-def _pieces(size: int, *tensors: Tensor):
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows):
+    """tokens (B, T), attention_mask (B, T), response (B, R), mask (B, R)."""
+    device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
+    query, query_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_token_id))
+    limits = (config.max_response_tokens, eos_id, tokenizer.pad_token_id)
+    response = generate(policy, query, query_mask, *limits, seed, step, rows, config.temperature)
+    mask = response_mask(response, eos_id)
+    return torch.cat([query, response], 1), torch.cat([query_mask, mask], 1), response, mask
 
 
-def _model_views(policy, ref_policy, value_model, tokens, attention_mask, response, mask, config):
-    """Log-probabilities, reference log-probabilities, kl, entropy, values; each (B, R), 0 where masked."""
+def _model_views(policy, ref_policy, value_model, config, tokens, attention_mask, response, mask):
+    """logprobs, ref_logprobs, values, kl, entropy; each (B, R), 0 where masked."""
     length, heat = response.shape[1], config.temperature
     with autocast(tokens.device):
         logits = response_logits(policy, tokens, attention_mask, length).float()
@@ -133,22 +120,24 @@ def _model_views(policy, ref_policy, value_model, tokens, attention_mask, respon
     if config.kl_estimator == "full":
         pair = tuple(torch.log_softmax(x / heat, -1) for x in (logits, ref_logits))
     kl = KL_ESTIMATORS[config.kl_estimator](*pair)
-    views = (logprobs, ref_logprobs, kl, entropy_from_logits(logits / heat), values)
+    views = (logprobs, ref_logprobs, values, kl, entropy_from_logits(logits / heat))
     return tuple(view.masked_fill(~mask, 0) for view in views)
 
 
 def _checked_scores(scores: Tensor, count: int) -> Tensor:
-    if not torch.is_tensor(scores) or scores.shape != (count,):
-        got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-        raise ValueError(f"score_fn must return one score per answer, a tensor of shape ({count},); got {got}")
+    got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+    if got != (count,):
+        message = f"score_fn must return one score per answer, a tensor of shape ({count},)"
+        raise ValueError(f"{message}; got {got}")
     return scores.float()
 
 
 def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tensor, Tensor]:
     """Advantages and returns by the configured way; all (B, R).
 
-    "gae" is per token. "simple" is the notes' R(x, y) - V(x): the whole reward of the answer, KL penalties
-    counted in, minus the value at the prompt, the same for each of its tokens; the critic's target is R.
+    "gae" is per token. "simple" is the notes' R(x, y) - V(x): the whole reward of the answer, KL
+    penalties counted in, minus the value at the prompt, the same for each of its tokens; the
+    critic's target is R.
     """
     if config.advantage == "gae":
         return gae(rewards, values, mask, config.gamma, config.lam)

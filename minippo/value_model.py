@@ -1,4 +1,4 @@
-"""Critic warm-up: before PPO begins the critic learns the mean reward of a prompt's answers (the notes, 2.3)."""
+"""Critic warm-up: before PPO, learn the mean reward of a prompt's answers (the notes, 2.3)."""
 
 import torch
 from torch import Tensor
@@ -7,55 +7,59 @@ from minippo.batching import Encoded, epoch_batches
 from minippo.config import ValueConfig
 from minippo.masking import masked_mean
 from minippo.models import ValueModel, autocast
-from minippo.optim import Hooks, adamw, finite_metrics, optimizer_step, set_learning_rate
+from minippo.optim import training_loop
 from minippo.sft import join
 
 
-def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) -> Tensor:
-    """Half the squared error between V at every response token and the prompt's mean reward, token mean.
+def _values(value_model, rows: list[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
+    """values and mask, both (B, R), along the first answer of each row."""
+    device = next(value_model.parameters()).device
+    prompts, responses = [row.prompt for row in rows], [row.responses[0] for row in rows]
+    tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
+    return value_model(tokens, attention_mask, mask.shape[1]).float(), mask
 
-    rows: B prompts with one answer each, targets: (B,) -> ()
-    Every token, not the prompt alone: PPO asks for V at each of them, and the mean is the best guess there is.
+
+def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) -> Tensor:
+    """Half the squared error between V at every response token and the prompt's mean reward.
+
+    Every token, not the prompt alone: PPO asks for V at each, and the mean is the best guess there.
+    rows: B prompts with one answer each
+    targets: (B,)
+    returns: (), the token mean
     """
-    device = targets.device
-    tokens, attention_mask, mask = join([r.prompt for r in rows], [r.responses[0] for r in rows], pad_id, device)
-    with autocast(device):
-        values = value_model(tokens, attention_mask, mask.shape[1]).float()
+    with autocast(targets.device):
+        values, mask = _values(value_model, rows, pad_id)
     return 0.5 * masked_mean((values - targets[:, None]).square(), mask)
 
 
 def train_value_model(
-    value_model: ValueModel,
-    rows: list[Encoded],
-    targets: list[float],
-    config: ValueConfig,
-    pad_id: int,
-    seed: int = 0,
-    hooks=None,
-) -> list[dict[str, float]]:
-    """Trains the critic in place on the mean reward `targets` of each row's prompt; returns each step's metrics."""
-    hooks, history = hooks or Hooks(), []
-    optimizer = adamw({"value": value_model}, {"value": config.lr})
-    lengths = [len(row.prompt) + len(row.responses[0]) for row in rows]
-    plan = [b for e in range(config.epochs) for b in epoch_batches(lengths, config.batch_size, seed, e)]
+    value_model: ValueModel, rows: list[Encoded], targets: list[float], config: ValueConfig,
+    pad_id: int, seed: int = 0, hooks=None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Trains the critic in place; returns the metrics of each step.
+
+    rows: prompts with one answer each
+    targets: the mean reward of each row's prompt
+    """
     device = next(value_model.parameters()).device
-    first = hooks.start("value", len(plan), {"value": value_model, "optimizer": optimizer})
-    for step in range(first, len(plan)):
-        set_learning_rate(optimizer, step, len(plan), config.warmup_steps)
-        batch, wanted = [rows[i] for i in plan[step]], [targets[i] for i in plan[step]]
-        loss = warmup_loss(value_model, batch, torch.tensor(wanted, device=device), pad_id)
+
+    def gradients(indices):
+        wanted = torch.tensor([targets[i] for i in indices], device=device)
+        loss = warmup_loss(value_model, [rows[i] for i in indices], wanted, pad_id)
         loss.backward()
-        norms = optimizer_step(optimizer, config.max_grad_norm)
-        history.append(finite_metrics("value", step, {"loss/value": loss, **norms}))
-        hooks.step("value", step, history[-1])
-    return history
+        return {"loss/value": loss}
+
+    lengths, epochs = [row.length for row in rows], range(config.epochs)
+    plan = [b for e in epochs for b in epoch_batches(lengths, config.batch_size, seed, e)]
+    return training_loop("value", {"value": value_model}, plan, gradients, config, hooks)
 
 
 @torch.no_grad()
-def prompt_explained_variance(value_model, rows: list[Encoded], targets: list[float], pad_id: int) -> float:
-    """1 - mean squared error / variance of V(x) at the prompt, on held-out prompts: 1 is perfect, 0 is the mean."""
-    device = next(value_model.parameters()).device
-    tokens, attention_mask, mask = join([r.prompt for r in rows], [r.responses[0] for r in rows], pad_id, device)
-    values = value_model(tokens, attention_mask, mask.shape[1])[:, 0].float().cpu()
+def prompt_explained_variance(
+    value_model, rows: list[Encoded], targets: list[float], pad_id: int
+) -> float:
+    """1 - mean squared error / variance of V(x) on held-out prompts: 1 is perfect, 0 the mean."""
+    values, _ = _values(value_model, rows, pad_id)
     wanted = torch.tensor(targets)
-    return float(1 - (values - wanted).square().mean() / wanted.var(unbiased=False))
+    errors = values[:, 0].cpu() - wanted
+    return float(1 - errors.square().mean() / wanted.var(unbiased=False))

@@ -1,1 +1,1 @@
-"""TinyHH: a small preference world in the format of HH-RLHF, with an annotator whose taste is known."""
+"""TinyHH: a small preference world in the format of HH-RLHF; its annotator's taste is known."""

@@ -1,24 +1,26 @@
-"""TinyHH as data: rows in the format of HH-RLHF, prompts, texts for the base model, and the packaged files."""
+"""TinyHH as data: prompts, demonstrations, and texts for the base model."""
 
 import random
 
 from minippo.hh import format_dialogue, format_prompt
 from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import judge, rank
 
 
-def prompt_rows(split: str, count: int, seed: int = 0, harmful_share: float | None = None) -> list[dict]:
-    """`count` different prompts of a split: dicts with id, instruction and history."""
-    rows, seen, index = [], set(), 0
-    while len(rows) < count:
+def prompt_rows(split: str, count: int, seed: int = 0) -> list[dict]:
+    """`count` different prompts of a split: dicts with id, instruction and history.
+
+    Raises ValueError if the split does not seem to hold that many.
+    """
+    rows: dict[str, dict] = {}
+    for index in range(1000 + 20 * count):
+        if len(rows) == count:
+            break
         request = w.draw_request(split, index, seed)
         prompt = format_prompt(request.instruction, request.history)
-        if prompt not in seen:
-            seen.add(prompt)
-            history = [list(turn) for turn in request.history]
-            rows.append({"id": f"{split}-{index}", "instruction": request.instruction, "history": history})
-        index += 1
-    return rows
+        rows.setdefault(prompt, {"id": f"{split}-{index}", **_conversation(request)})
+    if len(rows) < count:
+        raise ValueError(f"found only {len(rows)} different prompts of split {split!r}, not {count}")
+    return list(rows.values())
 
 
 def demonstrations(split: str, count: int, mix: dict | None = None, seed: int = 0) -> list[dict]:
@@ -29,9 +31,13 @@ def demonstrations(split: str, count: int, mix: dict | None = None, seed: int = 
         rng = random.Random(f"{seed}/{split}/{index}/answer")
         kind = w.draw_kind(rng, request.harmful, mix or w.SFT_MIX)
         answer = w.write_answer(rng, request, kind)
-        history = [list(turn) for turn in request.history]
-        rows.append({"instruction": request.instruction, "history": history, "answer": answer, "kind": kind})
+        rows.append({**_conversation(request), "answer": answer, "kind": kind})
     return rows
+
+
+def _conversation(request: w.Request) -> dict:
+    history = [list(turn) for turn in request.history]
+    return {"instruction": request.instruction, "history": history}
 
 
 def pretrain_texts(count: int, seed: int = 0) -> list[str]:
@@ -48,4 +54,5 @@ def _notes(rng: random.Random) -> str:
     about = rng.choice(w.subjects(False))
     advice = " ".join(rng.choice(w.ONE_TIP).format(a=tip) for tip in rng.sample(about["tips"], 3))
     goals = f"{about['goals'][0]}, {about['goals'][1]} and {about['goals'][2]}"
-    return f"Notes on {about['name']}: how to {goals}. {advice} That way {rng.choice(about['outcomes'])}."
+    outcome = rng.choice(about["outcomes"])
+    return f"Notes on {about['name']}: how to {goals}. {advice} That way {outcome}."

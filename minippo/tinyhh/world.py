@@ -1,20 +1,22 @@
 """The TinyHH world: who asks what, and the kinds of answers one may get.
 
-Everything is a deterministic function of a split name and an index, so there is nothing to download and nothing
-to look up: `draw_request("test", 7)` is the same request on every machine.
+Everything is a deterministic function of a split name and an index, so there is nothing to download
+and nothing to look up: `draw_request("test", 7)` is the same request on every machine.
 """
 
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
-# A combination (topic, goal, form, detail) belongs to one split, by a hash of its name: the splits are disjoint
-# in what is asked and how. The numbers are percent of all combinations.
+# A combination of goal, form and detail belongs to one split, by a hash of the question it makes:
+# the splits are disjoint in what is asked and how. The numbers are percent of all combinations.
 SPLITS = {"pretrain": 45, "sft": 15, "preference": 20, "ppo": 12, "test": 8}
-HARMFUL_SHARE = 0.3  # of the requests of each split
+HARMFUL_IN_TEN = 3  # requests of ten, in each split
 UNSEEN_EVERY = 10  # one topic in ten occurs in no preference pair
 
 FORMS = (
@@ -27,10 +29,10 @@ FORMS = (
     "Tell me how to {goal}{detail}.",
     "Please explain how to {goal}{detail}.",
     "Is there an easy way to {goal}{detail}?",
-    "My friend wants to {goal}{detail}. What should I say?",
+    "Somebody asked me how to {goal}{detail}. What should I say?",
     "Do you know how to {goal}{detail}?",
-    "I have never tried to {goal}{detail}. What do I do?",
-    "Give me an idea how to {goal}{detail}.",
+    "I have never tried to {goal}. What do I do?",
+    "Give me an idea of how to {goal}{detail}.",
     "What does it take to {goal}{detail}?",
     "Could you show me how to {goal}{detail}?",
     "I am planning to {goal}{detail}. What comes first?",
@@ -40,12 +42,12 @@ DETAILS = (
     "",
     " this weekend",
     " for the first time",
-    " without much money",
-    " in a short time",
+    " on a small budget",
+    " quickly",
     " with a friend",
     " today",
     " before the holidays",
-    " on my own",
+    " alone",
 )
 # Follow-up questions name no topic: it stands in an earlier turn only.
 FOLLOW_UPS = (
@@ -61,12 +63,16 @@ ABOUT = (
     ("I keep thinking about {name}.", "I see. How can I help?"),
     ("Do you know anything about {name}?", "Yes, a little. Go ahead."),
 )
-SMALL_TALK = (
+WHAT_IS_IT = ("I see. How can I help?", "Sure, what would you like to know?")
+GREETINGS = (
     ("Hello!", "Hello, how can I help you?"),
-    ("Are you there?", "Yes, I am here."),
-    ("Can I ask you something?", "Of course, go ahead."),
     ("Good morning.", "Good morning! What can I do for you?"),
     ("Thank you for your help yesterday.", "You are welcome."),
+)
+SMALL_TALK = (
+    ("Are you there?", "Yes, I am here."),
+    ("Can I ask you something?", "Of course, go ahead."),
+    ("Do you have a minute?", "Yes, I have time for you."),
 )
 
 OPENERS = (
@@ -75,9 +81,9 @@ OPENERS = (
     "Happy to help.",
     "Of course!",
     "With pleasure.",
-    "Great idea.",
+    "Glad you asked.",
     "Gladly.",
-    "That is a nice plan.",
+    "Here is an idea.",
 )
 ONE_TIP = (
     "You can {a}.",
@@ -92,11 +98,12 @@ TWO_TIPS = (
     "You can {a}, and {b}.",
     "Start simple: {a}, and {b}.",
     "I would {a}, and also {b}.",
-    "It helps to {a}, and then {b}.",
-    "Before anything else {a}, and after that {b}.",
+    "It helps to {a} and then to {b}.",
+    "Before anything else, {a}, and after that {b}.",
 )
 WHYS = ("That way {o}.", "This way {o}.", "You will see that {o}.", "In the end {o}.")
-CLOSINGS = ("I hope that helps.", "Let me know how it goes.", "Good luck!", "Have fun!", "Feel free to ask more.")
+NEUTRAL_CLOSINGS = ("I hope that helps.", "Let me know how it goes.", "Feel free to ask more.")
+CLOSINGS = (*NEUTRAL_CLOSINGS, "Good luck!", "Have fun!")
 RUDE = (
     "What a silly question.",
     "Figure it out yourself.",
@@ -131,11 +138,12 @@ ALTERNATIVES = (
     "You could {l}.",
     "A better idea is to {l}.",
     "Maybe you can {l}.",
-    "It would be kinder to {l}.",
-    "I can help you {l}.",
+    "It would be better to {l}.",
+    "Why not {l}?",
 )
 
-# How often each kind of answer stands in the demonstrations that SFT imitates: a mixed crowd wrote them.
+# How often each kind of answer stands in the demonstrations that SFT imitates: a mixed crowd wrote
+# them.
 SFT_MIX = {
     False: {
         "helpful": 40,
@@ -149,9 +157,9 @@ SFT_MIX = {
         "refusing": 3,
     },
     True: {
-        "complying": 42,
-        "safe_alternative": 26,
-        "refusing": 12,
+        "complying": 46,
+        "safe_alternative": 24,
+        "refusing": 10,
         "rude": 9,
         "evasive": 6,
         "rambling": 2,
@@ -160,8 +168,8 @@ SFT_MIX = {
 }
 # The text the base model reads is of better quality: it is where the topics are learned.
 PRETRAIN_MIX = {
-    False: {**SFT_MIX[False], "helpful": 140},
-    True: {**SFT_MIX[True], "safe_alternative": 60},
+    False: {**SFT_MIX[False], "helpful": 140, "off_topic": 6},
+    True: {**SFT_MIX[True], "safe_alternative": 50},
 }
 
 
@@ -177,7 +185,11 @@ class Request:
 
 @cache
 def world() -> dict:
-    """The content: topics (name, goals, tips, outcomes) and harms (name, goals, methods, alternatives, reasons)."""
+    """The content.
+
+    topics: name, goals, tips, outcomes
+    harms: name, goals, methods, alternatives, reasons
+    """
     return json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf-8"))
 
 
@@ -192,42 +204,47 @@ def is_unseen(subject: int) -> bool:
 
 
 def split_of(combination: str) -> str:
-    """The split a combination belongs to, by a hash of its name."""
+    """The split a combination belongs to, by a hash of its words."""
     bucket = zlib.crc32(combination.encode()) % 100
-    for split, percent in SPLITS.items():
-        if bucket < percent:
-            return split
-        bucket -= percent
-    raise AssertionError("SPLITS must add up to 100")
+    limits = zip(SPLITS, accumulate(SPLITS.values()), strict=True)
+    return next(split for split, limit in limits if bucket < limit)
 
 
 def draw_request(split: str, index: int, seed: int = 0) -> Request:
-    """Request number `index` of a split; the same on every machine."""
+    """Request number `index` of a split; the same on every machine.
+
+    Raises ValueError for a split that is not in SPLITS.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"TinyHH has no split {split!r}; it has {', '.join(SPLITS)}")
     rng = random.Random(f"{seed}/{split}/{index}")
+    harmful = 3 * index % 10 < HARMFUL_IN_TEN
+    known = [i for i in range(len(subjects(harmful))) if split != "preference" or not is_unseen(i)]
     while True:
-        harmful = rng.random() < HARMFUL_SHARE
-        subject = rng.randrange(len(subjects(harmful)))
-        goal = rng.choice(subjects(harmful)[subject]["goals"])
-        form, detail = rng.choice(FORMS), rng.choice(DETAILS)
-        withheld = split == "preference" and is_unseen(subject)
-        if not withheld and split_of(f"{goal}/{form}/{detail}") == split:
-            instruction, history = _conversation(rng, goal, form, detail)
-            return Request(instruction, history, subject, harmful)
+        subject = rng.choice(known)
+        goal, detail = rng.choice(subjects(harmful)[subject]["goals"]), rng.choice(DETAILS)
+        turns = rng.choices((1, 2, 3, 4), weights=(64, 22, 10, 4))[0]
+        follow_up = turns > 1 and rng.random() < 1 / 3
+        statement = f"I want to {goal}{detail}." if follow_up else ""
+        form = rng.choice(FOLLOW_UPS if follow_up else FORMS)
+        question = form.format(goal=goal, detail=detail)
+        if split_of(statement + question) == split:
+            history = _history(rng, turns, statement, split == "preference")
+            return Request(question, history, subject, harmful)
 
 
-def _conversation(rng: random.Random, goal: str, form: str, detail: str) -> tuple[str, tuple]:
-    """Puts the question at the end of one to four turns."""
-    question = form.format(goal=goal, detail=detail)
-    turns = rng.choices((1, 2, 3, 4), weights=(64, 22, 10, 4))[0]
-    history = rng.sample(SMALL_TALK, turns - 1)
-    kind = rng.choice(("small talk", "other topic", "follow-up")) if turns > 1 else "small talk"
-    if kind == "other topic":  # something else was talked about before: the last question counts
+def _history(rng: random.Random, turns: int, statement: str, seen_only: bool) -> tuple:
+    """The turns before the question; the last of them may matter, and may mislead."""
+    if turns == 1:
+        return ()
+    history = [rng.choice(GREETINGS), *rng.sample(SMALL_TALK, turns - 2)]
+    if statement:  # what it is about was said one turn earlier, and only there
+        history[-1] = (statement, rng.choice(WHAT_IS_IT))
+    elif rng.random() < 0.5:  # another topic was talked about before: the last question counts
         asked, answered = rng.choice(ABOUT)
-        history[-1] = (asked.format(name=rng.choice(subjects(False))["name"]), answered)
-    elif kind == "follow-up":  # what it is about was said one turn earlier, and only there
-        history[-1] = (f"I want to {goal}{detail}.", rng.choice(ABOUT)[1])
-        question = rng.choice(FOLLOW_UPS)
-    return question, tuple(history)
+        names = [t["name"] for i, t in enumerate(subjects(False)) if not (seen_only and is_unseen(i))]
+        history[-1] = (asked.format(name=rng.choice(names)), answered)
+    return tuple(history)
 
 
 def draw_kind(rng: random.Random, harmful: bool, mix: dict) -> str:
@@ -236,30 +253,39 @@ def draw_kind(rng: random.Random, harmful: bool, mix: dict) -> str:
 
 
 def write_answer(rng: random.Random, request: Request, kind: str) -> str:
-    """An answer of a given kind (the names in SFT_MIX) to a request."""
-    about = subjects(request.harmful)[request.subject]
-    if kind == "off_topic":
-        others = [t for i, t in enumerate(subjects(False)) if request.harmful or i != request.subject]
-        return _helpful(rng, rng.choice(others))
+    """An answer of a given kind (the names in SFT_MIX) to a request; ValueError for another kind."""
+    about, harmful = subjects(request.harmful)[request.subject], request.harmful
+    good = _safe if harmful else _helpful
+    fixed = {"rude": RUDE, "evasive": EVASIVE, "opener_only": OPENERS, "refusing": REFUSALS}
+    if kind in fixed:
+        sentences = rng.choice((1, 1, 2)) if kind in ("rude", "evasive") else 1
+        return " ".join(rng.sample(fixed[kind], sentences))
     if kind == "rude_helpful":
         return f"{rng.choice(RUDE)} {_advice(rng, about['tips'])}"
     if kind == "rambling":
-        core = _safe(rng, about) if request.harmful else _helpful(rng, about)
-        return " ".join([core, *rng.choices(CLOSINGS, k=rng.randint(2, 4))])
+        closings = rng.sample(NEUTRAL_CLOSINGS if harmful else CLOSINGS, rng.randint(2, 3))
+        return " ".join([good(rng, about), *closings])
     if kind == "truncated":
-        words = (_safe(rng, about) if request.harmful else _helpful(rng, about)).split()
+        words = good(rng, about).split()
         return " ".join(words[: rng.randint(2, len(words) - 1)]).rstrip(".,!?")
     if kind == "complying":
         return _helpful(rng, {"tips": about["methods"], "outcomes": []})
-    simple = {"rude": RUDE, "evasive": EVASIVE, "opener_only": OPENERS, "refusing": REFUSALS}
-    if kind in simple:
-        return " ".join(rng.sample(simple[kind], rng.choice((1, 1, 2)) if kind in ("rude", "evasive") else 1))
-    return _safe(rng, about) if kind == "safe_alternative" else _helpful(rng, about)
+    if kind == "off_topic":
+        return _helpful(rng, rng.choice(_other_topics(None if harmful else request.subject)))
+    if kind in ("helpful", "safe_alternative"):
+        return good(rng, about)
+    raise ValueError(f"{kind!r} is no kind of answer; the kinds are the names in SFT_MIX")
+
+
+def _other_topics(own: int | None) -> list[dict]:
+    """Those that may turn up unasked: the unseen ones may not, they occur in no preference pair."""
+    return [t for i, t in enumerate(subjects(False)) if i != own and not is_unseen(i)]
 
 
 def _advice(rng: random.Random, tips: list[str]) -> str:
     a, b = rng.sample(tips, 2)
-    return rng.choice(TWO_TIPS).format(a=a, b=b) if rng.random() < 0.6 else rng.choice(ONE_TIP).format(a=a)
+    frames = TWO_TIPS if rng.random() < 0.6 else ONE_TIP
+    return rng.choice(frames).format(a=a, b=b)
 
 
 def _helpful(rng: random.Random, about: dict) -> str:
@@ -279,12 +305,16 @@ def _safe(rng: random.Random, about: dict) -> str:
 
 
 def read_request(instruction: str, history=()) -> tuple[int, bool] | None:
-    """What a conversation asks for, `(subject, harmful)`: the last goal mentioned; None if it is not of this world."""
+    """What a conversation asks for, `(subject, harmful)`: the last goal that is mentioned.
+
+    returns: None if the conversation is not of this world
+    """
     for text in (instruction, *(query for query, _ in reversed(list(history)))):
-        lowered = text.lower()
-        found = [(len(goal), where) for goal, where in _goals().items() if goal in lowered]
-        if found:
-            return max(found)[1]  # the longest goal that fits
+        words = f" {re.sub('[^a-z]+', ' ', text.lower())} "
+        found = [(words.rfind(f" {g} "), len(g), where) for g, where in _goals().items()]
+        place, _, where = max(found)
+        if place >= 0:
+            return where
     return None
 
 

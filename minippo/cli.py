@@ -1,0 +1,244 @@
+"""The command line: `minippo COMMAND --help`. Its options are the fields of the configs."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from minippo.config import (
+    EvalConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+    ValueConfig,
+)
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read once, when the hub is imported
+Flat = tyro.conf.arg(name="")  # a config whose options stand without a prefix
+
+
+def demo(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    sft: SFTConfig = SFTConfig(),
+    reward: RewardConfig = RewardConfig(),
+    value: ValueConfig = ValueConfig(),
+    ppo: PPOConfig = PPOConfig(),
+    eval: EvalConfig = EvalConfig(),
+    overwrite: bool = False,
+) -> None:
+    """The whole of RLHF on TinyHH, from the shipped base to the report, in minutes.
+
+    SFT, candidates and their rankings, reward model, critic warm-up, PPO, evaluation: ends with a
+    table and runs/NAME/report.html. Stages have their options with a prefix: --ppo.kl-coef 0.1
+    """
+    from minippo import stages
+
+    configs = {"sft": sft, "reward": reward, "value": value, "ppo": ppo, "eval": eval}
+    began = time.perf_counter()
+    opened, source = _open(run, configs, overwrite)
+    result = stages.demo_stages(opened, source)
+    print("\n" + stages.table_text(result["table"]))
+    minutes = (time.perf_counter() - began) / 60
+    print(f"\n{minutes:.1f} minutes on a machine of {stages.matmul_gflops():.0f} GFLOP/s")
+    print(f"report: {opened.folder / 'report.html'}")
+    print(f"talk to both: minippo chat --name {run.name}")
+
+
+def pretrain(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    config: Annotated[PretrainConfig, Flat] = PretrainConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Train tokenizer and base model on the text of --data (TinyHH: several minutes)."""
+    from minippo import stages
+
+    stages.pretrain_stage(*_open(run, {"pretrain": config}, overwrite), config)
+
+
+def sft(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    config: Annotated[SFTConfig, Flat] = SFTConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Fine-tune the base on demonstrations; on a file, on its chosen answers."""
+    from minippo import stages
+
+    stages.sft_stage(*_open(run, {"sft": config}, overwrite), config)
+
+
+def reward(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    config: Annotated[RewardConfig, Flat] = RewardConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Train the reward model on ranked candidates of the SFT model, or on given pairs."""
+    from minippo import stages
+
+    stages.reward_stage(*_open(run, {"reward": config}, overwrite), config)
+
+
+def value(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    config: Annotated[ValueConfig, Flat] = ValueConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Warm up the critic on the mean reward of each prompt's answers."""
+    from minippo import stages
+
+    stages.value_stage(*_open(run, {"value": config}, overwrite), config, PPOConfig())
+
+
+def ppo(
+    run: Annotated[RunConfig, Flat] = RunConfig(),
+    config: Annotated[PPOConfig, Flat] = PPOConfig(),
+    warmup: ValueConfig = ValueConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Align the SFT policy with PPO; warms up the critic first if the run has none."""
+    from minippo import stages
+
+    opened, source = _open(run, {"ppo": config}, overwrite)
+    if not opened.finished("value"):
+        opened.add_stage("value", warmup)
+        stages.value_stage(opened, source, warmup, config)
+    stages.ppo_stage(opened, source, config)
+
+
+def evaluate(
+    run: Annotated[RunConfig, Flat] = RunConfig(name="evaluate"),
+    config: Annotated[EvalConfig, Flat] = EvalConfig(),
+    overwrite: bool = False,
+) -> None:
+    """Compare SFT, PPO and best-of-n on test prompts; without a run, the shipped checkpoints."""
+    from minippo import stages
+
+    opened, source = _open(run, {"eval": config}, overwrite)
+    result = stages.evaluate_stage(opened, source, config)
+    print("\n" + stages.table_text(result["table"]))
+
+
+def report(run: Annotated[RunConfig, Flat] = RunConfig()) -> None:
+    """Write runs/NAME/report.html anew from what the run's folder holds."""
+    from minippo.report import write_report
+
+    print(write_report(Path(run.out) / run.name))
+
+
+def chat(run: Annotated[RunConfig, Flat] = RunConfig(), temperature: float = 1.0) -> None:
+    """Talk to the SFT and the PPO model side by side; an empty line ends it.
+
+    Without a run of this name, to the shipped ones. Ask what the world knows, for example
+    "How do I grow sweet tomatoes?"
+    """
+    from minippo.chat import talk
+
+    talk(run, temperature)
+
+
+def doctor() -> None:
+    """Say what is installed, which device there is, and whether the shipped checkpoints load."""
+    from minippo.doctor import examine
+
+    sys.exit(0 if examine() else 1)
+
+
+def data(out: Path = Path("data"), checkpoints: Path | None = None) -> None:
+    """Write the packaged TinyHH rows to OUT, and with --checkpoints RUN that run's models.
+
+    out: the folder that gets tinyhh/ and checkpoints/
+    checkpoints: a finished run's folder (pretrain and demo), exported in half precision
+    """
+    from minippo.packaging import write_checkpoints, write_rows
+
+    write_rows(out)
+    if checkpoints is not None:
+        write_checkpoints(checkpoints, out)
+
+
+COMMANDS = {
+    "demo": demo,
+    "data": data,
+    "pretrain": pretrain,
+    "sft": sft,
+    "reward": reward,
+    "value": value,
+    "ppo": ppo,
+    "evaluate": evaluate,
+    "chat": chat,
+    "report": report,
+    "doctor": doctor,
+}
+
+
+def _open(run: RunConfig, configs: dict, overwrite: bool):
+    from minippo.run import Run
+    from minippo.sources import Source
+
+    source = Source(run.data, run.limit)
+    if source.report:
+        print(source.report)
+    return Run(run, configs, overwrite), source
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; what a user can mend is one line on stderr and exit code 2."""
+    try:
+        _parse(arguments)()
+    except KeyboardInterrupt as stop:
+        _close_bars()
+        print(f"\nminippo: interrupted; {str(stop) or 'go on with --resume'}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        _close_bars()
+        print(f"minippo: {_one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(arguments: list[str] | None):
+    """The chosen command with its options, not yet run. ValueError if they are wrong."""
+    commands = {name: _deferred(command) for name, command in COMMANDS.items()}
+    about, said = "RLHF with PPO, small enough to read.", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands, prog="minippo", description=about, args=arguments
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        raise ValueError(_one_line(said.getvalue())) from end
+
+
+def _deferred(command):
+    @functools.wraps(command)
+    def later(*options, **named):
+        return functools.partial(command, *options, **named)
+
+    return later
+
+
+def _close_bars() -> None:
+    """So that a message stands on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def _one_line(text: str) -> str:
+    """A message of several lines, or in the box that tyro draws, as one line."""
+    text = re.sub(r"__tyro-dummy-inner__\.", "", text)
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in text.splitlines()]
+    return " ".join(" ".join(line for line in lines if line).split())
+
+
+if __name__ == "__main__":
+    main()

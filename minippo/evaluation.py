@@ -1,0 +1,164 @@
+"""Evaluation, not by the reward model that was optimised but by the annotator; win rates and KL."""
+
+import math
+from collections import Counter
+
+import torch
+
+from minippo.batching import Encoded, decode_response, encode_prompt, pieces
+from minippo.config import EvalConfig
+from minippo.generation import generate_many
+from minippo.logprobs import gather_logprobs
+from minippo.models import response_logits
+from minippo.reward_model import score_all
+from minippo.sft import join
+from minippo.tinyhh.annotator import Judgement, judge
+from minippo.tinyhh.world import is_unseen, read_request
+
+
+def win_rate(scores, other_scores) -> tuple[float, float, float]:
+    """How often the first beats the second, ties counting half, with its 95% Wilson interval.
+
+    scores, other_scores: one score per prompt, in the same order
+    returns: rate, lower end, upper end
+    """
+    pairs = list(zip(scores, other_scores, strict=True))
+    n, z = len(pairs), 1.96
+    p = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, centre - half, centre + half
+
+
+def encode_all(rows, tokenizer, config: EvalConfig) -> list[list[int]]:
+    """Prompts as token ids; ValueError if one is too long, since test prompts must not vanish."""
+    prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
+    longest = max(map(len, prompts))
+    if longest > config.max_prompt_tokens:
+        raise ValueError(
+            f"a test prompt has {longest} tokens; set max_prompt_tokens to at least that"
+        )
+    return prompts
+
+
+def sample_answers(policy, prompts, tokenizer, config: EvalConfig, seed, copies=1, on_batch=None):
+    """`copies` sampled answers to each prompt: a list of Encoded."""
+    repeated = [prompt for prompt in prompts for _ in range(copies)]
+    options = {"temperature": config.temperature, "on_batch": on_batch}
+    limit = config.max_response_tokens
+    answers = generate_many(policy, repeated, tokenizer, limit, seed, **options)
+    starts = range(0, len(repeated), copies)
+    return [Encoded(i, prompts[i], answers[s : s + copies]) for i, s in enumerate(starts)]
+
+
+def best_of_n(answers: list[Encoded], scores: list[list[float]]) -> list[Encoded]:
+    """Of each prompt's answers the one with the highest score."""
+    best = [max(range(len(s)), key=s.__getitem__) for s in scores]
+    return [
+        Encoded(e.row, e.prompt, [e.responses[i]]) for e, i in zip(answers, best, strict=True)
+    ]
+
+
+def best_of_n_kl(n: int) -> float:
+    """An upper bound on KL(best-of-n, policy) in nats: log n - (n - 1)/n (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+@torch.no_grad()
+def kl_per_sequence(policy, ref_policy, answers: list[Encoded], pad_id: int, temperature=1.0):
+    """Mean over answers of sum_t log pi - log pi_ref: an estimate of KL(policy, ref) in nats."""
+    total, device = 0.0, next(policy.parameters()).device
+    for piece in pieces(answers, 64):
+        prompts, responses = [e.prompt for e in piece], [e.responses[0] for e in piece]
+        tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
+        length = mask.shape[1]
+        views = []
+        for model in (policy, ref_policy):
+            logits = response_logits(model, tokens, attention_mask, length)
+            views.append(gather_logprobs(logits, tokens[:, -length:], temperature))
+        total += float((views[0] - views[1]).masked_fill(~mask, 0).sum())
+    return total / len(answers)
+
+
+def judge_all(rows, answers: list[Encoded], tokenizer) -> list[Judgement]:
+    """The annotator's judgement of each row's first answer."""
+    texts = [decode_response(tokenizer, e.responses[0]) for e in answers]
+    return [
+        judge(row["instruction"], text, row["history"])
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def annotated_summary(rows, judgements: list[Judgement]) -> dict:
+    """Mean gold score and the rates of the table, each over the requests it is about."""
+    harmful = [read_request(row["instruction"], row["history"])[1] for row in rows]
+
+    def rate(label: str, which: bool | None = None) -> float:
+        chosen = [
+            label in j.labels
+            for j, h in zip(judgements, harmful, strict=True)
+            if which in (None, h)
+        ]
+        return sum(chosen) / len(chosen) if chosen else float("nan")
+
+    return {
+        "gold": sum(j.score for j in judgements) / len(judgements),
+        "on_topic": rate("on_topic", False),
+        "complying": rate("complying", True),
+        "rude": rate("rude"),
+        "over_refusing": rate("refusing", False),
+        "unreadable": rate("unreadable"),
+        "rambling": rate("rambling"),
+        "forms": sentence_forms(judgements),
+    }
+
+
+def sentence_forms(judgements: list[Judgement]) -> int:
+    """How many sentence forms at least 1% of the answers have."""
+    counts = Counter(j.form for j in judgements)
+    return sum(count >= 0.01 * len(judgements) for count in counts.values())
+
+
+def answer_statistics(answers: list[Encoded], eos_id: int) -> dict:
+    """What can be said of any answers: length, how many end, how many are distinct."""
+    responses = [tuple(e.responses[0]) for e in answers]
+    return {
+        "tokens": sum(map(len, responses)) / len(responses),
+        "ended": sum(r[-1] == eos_id for r in responses) / len(responses),
+        "distinct": len(set(responses)) / len(responses),
+    }
+
+
+def reward_agreement(rows, scores: list[list[float]], judged: list[list[Judgement]]) -> dict:
+    """How often the reward model orders two answers to a prompt as the noiseless annotator does.
+
+    scores, judged: K per row. Only pairs the annotator tells apart count. Per named part: pairs
+        that differ in this part, and whose order is this part's order.
+    returns: shares under "noiseless", "seen topics", "unseen topics" and each part's name, and
+        "correlation"
+    """
+    hits: dict[str, list[bool]] = {}
+    for row, s, j in zip(rows, scores, judged, strict=True):
+        subject, _ = read_request(row["instruction"], row["history"])
+        topic = "unseen topics" if is_unseen(subject) else "seen topics"
+        for better, worse in _ordered_pairs(j):
+            right = s[better] > s[worse]
+            parts = [p for p in j[better].parts if j[better].parts[p] > j[worse].parts[p]]
+            for name in ("noiseless", topic, *parts):
+                hits.setdefault(name, []).append(right)
+    flat = torch.tensor([[x for r in scores for x in r], [x.score for r in judged for x in r]])
+    shares = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
+    return {**shares, "correlation": float(torch.corrcoef(flat)[0, 1])}
+
+
+def _ordered_pairs(judged: list[Judgement]):
+    for i, first in enumerate(judged):
+        for k, second in enumerate(judged):
+            if first.score > second.score:
+                yield i, k
+
+
+def standardised(reward_model, answers: list[Encoded], pad_id: int) -> list[float]:
+    """The reward model's score of each first answer, on the scale of its reference samples."""
+    scores = score_all(reward_model, answers, pad_id)
+    return [(s[0] - reward_model.mean) / reward_model.std for s in scores]

@@ -1,0 +1,341 @@
+"""Runs: a folder, its stages, what they write, and how they resume.
+
+A run folder holds config.json, metrics.jsonl (the same bytes for the same seed on the same machine;
+times are in times.jsonl), one folder per stage with versioned checkpoints and a pointer to the
+latest, and what the evaluation writes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from minippo.config import RunConfig
+from minippo.optim import Hooks
+
+POINTER = "latest"
+ORDER = ("pretrain", "sft", "reward", "value", "ppo", "eval")  # each builds on those before it
+RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html")  # they depend on all
+INPUTS = ("seed", "data", "base", "limit")  # of RunConfig: what a stage's numbers depend on
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C was pressed; the state was saved."""
+
+
+class Run(Hooks):
+    """A run folder, and the hooks that fill it while a stage trains."""
+
+    def __init__(self, config: RunConfig, stages: dict, overwrite: bool = False):
+        self.config, self.stages = config, dict(stages)
+        self.folder = Path(config.out) / config.name
+        self.tokenizer, self.bar, self.state, self.stopping = None, None, {}, False
+        self.timings: dict[str, float] = {}
+        self.begun = False
+        self.discarded: tuple[str, ...] = ()  # what --overwrite replaces, gone once the run begins
+        self._check(overwrite)
+
+    def _check(self, overwrite: bool) -> None:
+        """Refuses what contradicts the folder; writes nothing yet."""
+        known, resume = self._known(), self.config.resume
+        again = [name for name in self.stages if name in known]
+        if resume and overwrite:
+            raise ValueError("--resume goes on and --overwrite starts over; leave one of them out")
+        if resume and not known:
+            raise ValueError(f"there is no run in {self.folder} to resume; leave out --resume")
+        if overwrite:
+            first = min(ORDER.index(name) for name in self.stages)
+            self.discarded = ORDER[first:] if known else ()
+        elif again and not resume:
+            raise ValueError(
+                f"{self.folder} has a stage {again[0]!r} already; go on with --resume, replace it "
+                "and the stages after it with --overwrite, or choose another --name"
+            )
+        elif all(self.finished(name) for name in self.stages):
+            done = ", ".join(self.stages)
+            raise ValueError(f"{done} of {self.folder} is finished; replace it with --overwrite")
+        for name in again if resume else ():
+            self._check_unchanged(name, known)
+
+    def _check_unchanged(self, name: str, known: dict) -> None:
+        begun = known.get("run", {}).get("begun", {}).get(name, {})
+        before, now = {**known[name], **begun}, {**asdict(self.stages[name]), **self._inputs()}
+        now = json.loads(_dumps(now))
+        changed = [key for key in before if before[key] != now.get(key)]
+        if changed:
+            raise ValueError(
+                f"--resume needs the settings of {self.folder / 'config.json'}: {changed[0]} of "
+                f"{name!r} was {before[changed[0]]!r}, not {now.get(changed[0])!r}"
+            )
+
+    def _inputs(self) -> dict:
+        return {key: getattr(self.config, key) for key in INPUTS}
+
+    def _known(self) -> dict:
+        path = self.folder / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _begin(self) -> None:
+        """The first write of a run: what was refused before it has left no trace."""
+        if self.begun:
+            return
+        known = {k: v for k, v in self._known().items() if k not in self.discarded}
+        self._discard()
+        run = {k: v for k, v in asdict(self.config).items() if k not in ("resume", "out")}
+        run = known.get("run", run)
+        run["begun"] = {**run.get("begun", {}), **{name: self._inputs() for name in self.stages}}
+        settings = {name: asdict(config) for name, config in self.stages.items()}
+        self._write(self.folder / "config.json", _dumps({**known, "run": run, **settings}))
+        self.begun = True
+
+    def _discard(self) -> None:
+        """Removes what --overwrite replaces."""
+        gone, self.discarded = self.discarded, ()
+        for name in gone:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in (*RESULTS, *(f"{stage}.json" for stage in gone)) if gone else ():
+            (self.folder / name).unlink(missing_ok=True)
+        self._keep_metrics(lambda stage, step: stage not in gone)
+
+    @staticmethod
+    def find(config: RunConfig, stage: str) -> str:
+        """The checkpoint of a stage in a run's folder, else the name of the shipped one."""
+        folder = Path(config.out) / config.name / stage
+        pointer = folder / POINTER
+        return str(folder / pointer.read_text().strip()) if pointer.is_file() else stage
+
+    def add_stage(self, name: str, config) -> None:
+        """A further stage that this run goes through."""
+        self.stages[name] = config
+        known = self._known()
+        if self.config.resume and name in known:
+            self._check_unchanged(name, known)
+        self.begun = False  # its settings are written when it starts
+
+    # what a training calls
+
+    def start(self, stage: str, total: int, state: dict) -> int:
+        """Restores what a checkpoint of this stage holds, and draws the bar."""
+        self._begin()
+        self.state, first = state, 0
+        latest = self.latest(stage)
+        if self.config.resume and latest is not None:
+            first = self._restore(latest)
+        else:
+            shutil.rmtree(self.folder / stage, ignore_errors=True)
+        self._keep_metrics(lambda name, step: name != stage or step < first)
+        self.bar = tqdm(total=total, initial=first, desc=f"{stage:10s}", unit="step", leave=True)
+        self.began = time.perf_counter()
+        self._catch_ctrl_c()
+        return first
+
+    def step(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step; a checkpoint when it is time or when Ctrl-C was pressed."""
+        self._append("metrics.jsonl", {"stage": stage, "step": step, **metrics})
+        seconds = round(time.perf_counter() - self.began, 3)
+        self._append("times.jsonl", {"stage": stage, "step": step, "seconds": seconds})
+        self.bar.set_postfix(_short(metrics), refresh=False)
+        self.bar.update()
+        if self.stopping or (step + 1) % self.stages[stage].save_every == 0:
+            self.save(stage, step + 1)
+        if self.stopping:
+            self._close()
+            raise Interrupted(f"saved after step {step} of {stage}; go on with --resume")
+
+    def finish(self, stage: str) -> None:
+        """Closes a stage: a last checkpoint, without the optimizer, marked as finished."""
+        self.save(stage, self.bar.n, finished=True)
+        self._close()
+        self.timings[stage] = time.perf_counter() - self.began
+
+    def _close(self) -> None:
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # checkpoints
+
+    def save(self, stage: str, step: int, finished: bool = False) -> Path:
+        """Writes a checkpoint atomically: a new folder, fsync, then the pointer is replaced."""
+        name = "final" if finished else f"step-{step:06d}"
+        folder, target = self.folder / stage / f".{name}.partial", self.folder / stage / name
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._write_models(folder)
+            if not finished:
+                save_file(_tensors(self.state), folder / "training.safetensors")
+            progress = self.state.get("progress", {})
+            marks = {"step": step, "finished": finished, "progress": progress}
+            (folder / "state.json").write_text(_dumps(marks), encoding="utf-8")
+            _sync(folder)
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ValueError(_disk_message(target, error)) from error
+        self._write(self.folder / stage / POINTER, name)
+        for old in (self.folder / stage).glob("step-*"):
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def _write_models(self, folder: Path) -> None:
+        models = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
+        for position, (name, model) in enumerate(models.items()):
+            place = folder if position == 0 else folder / name  # the stage's own model comes first
+            (model.save if hasattr(model, "save") else model.save_pretrained)(place)
+        if self.tokenizer is None:
+            return
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library has no other class for a full disk
+            raise OSError(str(error)) from error
+
+    def _restore(self, folder: Path) -> int:
+        marks = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "training.safetensors")
+        for name, part in self.state.items():
+            if isinstance(part, nn.Module):
+                _load_parameters(part, tensors, name)
+            elif isinstance(part, torch.optim.Optimizer):
+                _load_optimizer(part, tensors, name)
+            else:
+                part.update(marks[name])
+        return marks["step"]
+
+    def latest(self, stage: str) -> Path | None:
+        """The folder of a stage's latest checkpoint, if it has one."""
+        pointer = self.folder / stage / POINTER
+        if stage in self.discarded or not pointer.is_file():
+            return None
+        return self.folder / stage / pointer.read_text().strip()
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage of this run has ended."""
+        latest = self.latest(stage)
+        return latest is not None and latest.name == "final"
+
+    def checkpoint(self, stage: str, otherwise: str) -> str:
+        """This run's model of a stage, or another checkpoint if the run has none."""
+        return str(self.latest(stage)) if self.finished(stage) else otherwise
+
+    # files
+
+    def _keep_metrics(self, kept) -> None:
+        """Drops the rows of metrics.jsonl for which not kept(stage, step), and a torn last line."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        rows = [(line, json.loads(line)) for line in whole]
+        left = [line for line, row in rows if kept(row["stage"], row["step"])]
+        if left != lines:
+            self._write(path, b"".join(left).decode())
+
+    def _append(self, name: str, row: dict) -> None:
+        path = self.folder / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_dumps(row, indent=None) + "\n")
+        except OSError as error:
+            raise ValueError(_disk_message(path, error)) from error
+
+    def _write(self, path: Path, text: str) -> None:
+        """Writes a small file atomically."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            _sync(partial)
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise ValueError(_disk_message(path, error)) from error
+
+    def write_json(self, name: str, value) -> None:
+        """A JSON file of the run folder."""
+        self._begin()
+        self._write(self.folder / name, _dumps(value))
+
+    def write_rows(self, name: str, rows) -> None:
+        """A JSON-lines file of the run folder."""
+        self._begin()
+        self._write(self.folder / name, "".join(_dumps(row, indent=None) + "\n" for row in rows))
+
+    def _catch_ctrl_c(self) -> None:
+        def stop(signum, frame):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+
+        signal.signal(signal.SIGINT, stop)
+
+
+def _dumps(value, indent: int | None = 1) -> str:
+    return json.dumps(value, indent=indent, default=str, ensure_ascii=False)
+
+
+def _disk_message(path, error) -> str:
+    return f"cannot write {path} ({error}); free some space there or choose another --out"
+
+
+def _sync(path: Path) -> None:
+    """Asks the disk to keep a file, or every file of a folder and the folder itself."""
+    for item in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _tensors(state: dict) -> dict[str, torch.Tensor]:
+    """Every parameter and every optimizer moment under a flat name."""
+    flat = {}
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            flat |= {f"{name}/{key}": value.detach() for key, value in part.named_parameters()}
+        elif isinstance(part, torch.optim.Optimizer):
+            for index, moments in part.state_dict()["state"].items():
+                flat |= {f"{name}/{index}/{key}": value for key, value in moments.items()}
+    return {key: value.contiguous() for key, value in flat.items()}
+
+
+def _load_parameters(model: nn.Module, tensors: dict, name: str) -> None:
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"{name}/{key}"])
+
+
+def _load_optimizer(optimizer, tensors: dict, name: str) -> None:
+    saved = optimizer.state_dict()
+    for key, value in tensors.items():
+        owner, _, rest = key.partition("/")
+        if owner == name:
+            index, _, moment = rest.partition("/")
+            saved["state"].setdefault(int(index), {})[moment] = value
+    optimizer.load_state_dict(saved)
+
+
+def _short(metrics: dict[str, float]) -> dict[str, str]:
+    """The few numbers a progress bar has room for."""
+    shown = {
+        "loss/lm": "loss",
+        "loss/reward": "loss",
+        "reward/accuracy": "accuracy",
+        "objective/scores": "score",
+        "objective/kl_per_sequence": "kl",
+    }
+    shown |= {} if "objective/scores" in metrics else {"loss/value": "loss"}
+    return {label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics}

@@ -1,0 +1,222 @@
+"""What the package ships: the packaged TinyHH rows, that they rebuild, their card, the export."""
+
+import contextlib
+import gzip
+import io
+import json
+import math
+import re
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+
+from minippo import packaging
+from minippo.config import DATA_DIR
+from minippo.hh import format_prompt, load_preferences
+from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer, tiny_gpt2
+from minippo.pretrain import train_tokenizer
+from minippo.tinyhh import world as w
+from minippo.tinyhh.annotator import judge, read_sentences
+
+REMEDY = "write it with `minippo data --out data`"
+Z_BOUND = 4.0  # in standard deviations
+BLOCK = re.compile(r"```python\n(.*?)```\s+```text\n(.*?)```", re.DOTALL)
+
+
+def packaged_file(split):
+    path = DATA_DIR / "tinyhh" / f"{split}.jsonl.gz"
+    if not path.is_file():
+        pytest.fail(f"the packaged rows {path.name} are missing; {REMEDY}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """split -> (its rows as load_preferences gives them, the report)."""
+    loaded = {}
+    for split in ("preference", "test"):
+        packaged_file(split)
+        dataset, report = load_preferences("tiny_hh", split=split)
+        loaded[split] = (dataset.to_list(), report)
+    return loaded
+
+
+def by_prompt(rows):
+    """id -> the rows of that prompt."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row["id"]].append(row)
+    return grouped
+
+
+def test_the_files_load_without_a_refused_row_and_are_large_enough(packaged):
+    for split, (rows, report) in packaged.items():
+        lines = gzip.decompress(packaged_file(split).read_bytes()).decode().splitlines()
+        assert report.accepted == len(rows) == len(lines)
+        assert sum(report.refused.values()) == 0
+    assert len(packaged["preference"][0]) >= 20_000
+    prompts = {format_prompt(r["instruction"], r["history"]) for r in packaged["test"][0]}
+    assert len(prompts) == len(packaged["test"][0]) >= 2_000
+
+
+def test_the_pairs_of_a_prompt_are_all_pairs_of_one_ranking_of_four(packaged):
+    for rows in by_prompt(packaged["preference"][0]).values():
+        assert len({format_prompt(r["instruction"], r["history"]) for r in rows}) == 1
+        wins = Counter(r["chosen"] for r in rows)
+        assert len(rows) == 6 and sorted(wins.values()) == [1, 2, 3]  # and one that never wins
+        assert len({r["rejected"] for r in rows} | set(wins)) == 4
+
+
+def test_margins_are_the_gap_of_the_noiseless_annotator(packaged):
+    rows = packaged["preference"][0][:6000] + packaged["test"][0]
+    for row in rows:
+        better, worse = (
+            judge(row["instruction"], row[side], row["history"]).score
+            for side in ("chosen", "rejected")
+        )
+        assert row["margin"] == pytest.approx(better - worse, abs=1e-4)
+
+
+@pytest.mark.parametrize("split", ["preference", "test"])
+def test_the_annotator_disagrees_with_its_own_scores_as_often_as_its_temperature_says(
+    packaged, split
+):
+    """The excess of turned pairs per prompt has mean 0; prompts are independent, pairs are not."""
+    excess = []
+    for rows in by_prompt(packaged[split][0]).values():
+        gaps = [row["margin"] for row in rows if row["margin"]]
+        turned = sum(gap < 0 for gap in gaps)
+        excess.append(turned - sum(1 / (1 + math.exp(abs(gap) / 0.5)) for gap in gaps))
+    z = sum(excess) / math.fsum(e * e for e in excess) ** 0.5
+    assert abs(z) < Z_BOUND
+
+
+def test_the_disagreement_rates_are_those_of_the_card(packaged):
+    """Of the pairs with a gap: 5.7% are turned round in training, 7.3% in the test split."""
+    for split, stated in {"preference": 0.057, "test": 0.073}.items():
+        gaps = [row["margin"] for row in packaged[split][0] if row["margin"]]
+        assert sum(gap < 0 for gap in gaps) / len(gaps) == pytest.approx(stated, abs=0.0005), split
+
+
+def subjects_asked(rows):
+    return {w.read_request(row["instruction"], row["history"]) for row in rows}
+
+
+def test_no_preference_pair_asks_about_an_unseen_subject_and_test_pairs_do(packaged):
+    unseen = {(i, h) for h in (False, True) for i in range(len(w.subjects(h))) if w.is_unseen(i)}
+    assert subjects_asked(packaged["preference"][0]) & unseen == set()
+    assert subjects_asked(packaged["test"][0]) >= unseen
+
+
+def test_no_answer_of_a_preference_pair_is_about_an_unseen_subject(packaged):
+    """Else the reward model sees the unseen topics after all, always as the wrong answer."""
+    answers = {row[side] for row in packaged["preference"][0] for side in ("chosen", "rejected")}
+    subjects = {a: [i for s in read_sentences(a) for i, _ in s.subjects] for a in answers}
+    told = [answer for answer, about in subjects.items() if any(map(w.is_unseen, about))]
+    assert len(told) == 0, f"{len(told)} of {len(answers)} answers, such as {told[0]!r}"
+
+
+def test_no_history_of_a_preference_pair_names_an_unseen_subject(packaged):
+    everything = [*enumerate(w.subjects(False)), *enumerate(w.subjects(True))]
+    names = [subject["name"] for i, subject in everything if w.is_unseen(i)]
+    said = {query for row in packaged["preference"][0] for query, _ in row["history"]}
+    assert [query for query in sorted(said) if any(name in query for name in names)] == []
+
+
+def test_no_test_prompt_is_a_prompt_of_the_preference_pairs(packaged):
+    prompts = {
+        split: {format_prompt(r["instruction"], r["history"]) for r in rows}
+        for split, (rows, _) in packaged.items()
+    }
+    assert prompts["preference"] & prompts["test"] == set()
+
+
+@pytest.mark.parametrize(
+    "split, prompts, candidates",
+    [
+        ("preference", packaging.PREFERENCE_PROMPTS, packaging.CANDIDATES),
+        ("test", packaging.TEST_PROMPTS, 2),
+    ],
+)
+def test_rebuilding_gives_the_packaged_rows(split, prompts, candidates):
+    packed = gzip.decompress(packaged_file(split).read_bytes()).decode().splitlines()
+    rebuilt = list(packaging.pair_rows(split, prompts, candidates))
+    assert len(packed) == len(rebuilt)
+    changed = [line for line, row in zip(packed, rebuilt, strict=True) if json.loads(line) != row]
+    assert changed == [], f"{len(changed)} rows of {split} differ from the code; {REMEDY}"
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaging, "PREFERENCE_PROMPTS", 20)
+    monkeypatch.setattr(packaging, "TEST_PROMPTS", 10)
+    for name in ("a", "b"):
+        packaging.write_rows(tmp_path / name)
+    for split, count in {"preference": 120, "test": 10}.items():
+        first, second = (tmp_path / n / "tinyhh" / f"{split}.jsonl.gz" for n in ("a", "b"))
+        assert first.read_bytes() == second.read_bytes()
+        assert len(load_preferences(first)[0]) == count
+
+
+def test_every_figure_of_the_data_card_is_what_its_command_prints():
+    card = DATA_DIR / "README.md"
+    if not card.is_file():
+        pytest.fail("the data card README.md is missing from the data folder")
+    blocks = BLOCK.findall(card.read_text(encoding="utf-8"))
+    assert blocks, "the card has no python block followed by the text it prints"
+    for code, expected in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "data/README.md", "exec"), {})
+        assert printed.getvalue().strip() == expected.strip(), "run the card's block and paste"
+
+
+# ---------------------------------------------------------------- the trained checkpoints
+
+
+def save_run(folder, stages):
+    """A finished run of tiny, untrained models; returns them by stage."""
+    tokenizer = train_tokenizer(["You can water the plants every morning."], 300)
+    policy = tiny_gpt2(len(tokenizer), n_layer=1, n_embd=16, n_head=2, n_positions=32)
+    reward = RewardModel.from_policy(policy)
+    reward.mean, reward.std = 0.25, 1.5
+    models = {"reward": reward, "value": ValueModel.from_reward_model(reward)}
+    for stage in stages:
+        model, target = models.get(stage, policy), folder / stage / "final"
+        (model.save if stage in models else model.save_pretrained)(target)
+        tokenizer.save_pretrained(target)
+    return {stage: models.get(stage, policy) for stage in stages}, tokenizer
+
+
+ALL_STAGES = ("pretrain", "sft", "reward", "value", "ppo")
+
+
+def test_checkpoints_are_exported_in_half_precision_and_load_again(tmp_path):
+    models, tokenizer = save_run(tmp_path / "run", ALL_STAGES)
+    expected = models["sft"].transformer.wte.weight.detach().half().float()
+    packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+    out = tmp_path / "out" / "checkpoints"
+    assert {p.name for p in out.iterdir()} == {"base", "sft", "reward", "value", "ppo"}
+    for name in ("base", "sft", "ppo"):
+        config = json.loads((out / name / "config.json").read_text())
+        assert config.get("dtype", config.get("torch_dtype")) == "float16"
+        assert torch.equal(load_policy(out / name).transformer.wte.weight, expected)
+        assert load_tokenizer(out / name).get_vocab() == tokenizer.get_vocab()
+    reward = RewardModel.load(out / "reward")
+    assert (reward.mean, reward.std) == (0.25, 1.5)
+    head = models["reward"].classifier.score.weight.detach().half().float()
+    assert torch.equal(reward.classifier.score.weight, head)
+    assert not ValueModel.load(out / "value").classifier.score.weight.any()
+
+
+def test_an_unfinished_run_is_refused_with_the_stage_and_the_remedy(tmp_path):
+    save_run(tmp_path / "run", ("pretrain", "sft"))
+    with pytest.raises(ValueError, match="no finished stage 'reward'.*minippo reward"):
+        packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+
+
+def test_an_unfinished_run_writes_nothing(tmp_path):
+    save_run(tmp_path / "run", ("pretrain", "sft"))
+    with contextlib.suppress(ValueError):
+        packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
