@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the samples in the README, from finished runs; fails if a bar is missed.
+"""Writes docs/results.md and the README's samples from finished runs; fails if a bar is missed.
 
     python docs/make_results.py runs/seed-0 runs/seed-1 runs/seed-2 runs/seed-3 --hh runs/hh
 

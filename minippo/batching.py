@@ -25,12 +25,17 @@ class Encoded:
 
 def encode_prompt(tokenizer, instruction: str, history=()) -> list[int]:
     """Token ids of a prompt, which ends in "Assistant:"."""
-    return tokenizer.encode(format_prompt(instruction, history), add_special_tokens=False)
+    return _encode_text(tokenizer, format_prompt(instruction, history))
 
 
 def encode_response(tokenizer, answer: str) -> list[int]:
     """Token ids of " " + answer, and EOS."""
-    return [*tokenizer.encode(" " + answer, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*_encode_text(tokenizer, " " + answer), tokenizer.eos_token_id]
+
+
+def _encode_text(tokenizer, text: str) -> list[int]:
+    # Whoever writes "<|endoftext|>" writes text: it must not end the answer.
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def decode_response(tokenizer, response) -> str:
@@ -107,7 +112,10 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
     random enough. The last, smaller batch is dropped, unless it is the only one.
     """
     rng = random.Random(f"{seed}/{epoch}")
+    if not lengths:
+        raise ValueError("there are no rows to make batches of")
     order = rng.sample(range(len(lengths)), len(lengths))
+    order = order[: len(order) // batch_size * batch_size] or order
     blocks = [sorted(block, key=lengths.__getitem__) for block in pieces(order, 16 * batch_size)]
     batches = [batch for block in blocks for batch in pieces(block, batch_size)]
     whole = [batch for batch in batches if len(batch) == batch_size] or batches

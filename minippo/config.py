@@ -6,7 +6,7 @@ or trained.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 _PACKAGE = Path(__file__).parent
 # The wheel carries the data inside the package; in a checkout it stands beside it.
@@ -39,6 +39,10 @@ class _Settings:
                 _require(value >= 0, f"{kind}.{name} is {value}; it must not be negative")
             else:
                 _require(value > 0, f"{kind}.{name} is {value}; it must be greater than 0")
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint) if get_origin(hint) is Literal else (values[name],)
+            message = f"{kind}.{name} is {values[name]!r}; choose one of {choices}"
+            _require(values[name] in choices, message)
         for small, big in _DIVIDES:
             if small in values and big in values:
                 message = f"{kind}.{big} ({values[big]}) is not a multiple of "
@@ -50,7 +54,7 @@ class _Settings:
 class PretrainConfig(_Settings):
     """The base model: a tiny GPT-2 and its tokenizer, trained on the text of the data set."""
 
-    steps: int = 4000  # optimizer steps; the shipped base took 4000
+    steps: int = 3500  # optimizer steps; the shipped base took 3500
     batch_size: int = 64  # dialogues a step
     lr: float = 3e-3  # peak learning rate; tiny models like 1e-3 to 5e-3
     warmup_steps: int = 100  # linear warm-up
@@ -82,13 +86,13 @@ class SFTConfig(_Settings):
 class RewardConfig(_Settings):
     """The reward model: all K(K-1)/2 pairs of a prompt in one batch, each answer read once."""
 
-    source: Literal["candidates", "pairs"] = "candidates"  # own ranked answers, or pairs of --data
+    source: Literal["auto", "candidates", "pairs"] = "auto"  # auto: TinyHH ranks candidates
     prompts: int = 4000  # prompts that candidates are sampled for
-    candidates: int = 4  # K, answers a prompt; InstructGPT had 4 to 9
-    epochs: int = 1  # passes over the rankings; reward models overfit in the second
-    batch_size: int = 16  # prompts (K answers each) a step
-    micro_batch_size: int = 16  # prompts that go through the model at once
-    lr: float = 1e-3  # peak learning rate, falling to 0
+    candidates: int = 8  # K, answers a prompt; InstructGPT had 4 to 9
+    epochs: int = 2  # passes over the rankings; reward models overfit in the second
+    batch_size: int = 8  # prompts (K answers each) a step
+    micro_batch_size: int = 8  # prompts that go through the model at once
+    lr: float = 5e-4  # peak learning rate, falling to 0
     warmup_steps: int = 20  # linear warm-up
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     margin: bool = False  # subtract the annotator's score gap in the loss (Llama 2); pairs only
@@ -157,12 +161,12 @@ class PPOConfig(_Settings):
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"PPOConfig.{name} is {value}; it must lie in [0, 1]")
-        super().__post_init__()
         reasons = {"kl": "its expected gradient in the loss is zero"}
         reasons["abs"] = "it estimates no divergence"
         name = self.kl_loss_estimator
         message = f"kl_loss_estimator={name!r} is refused: {reasons.get(name)}; use full, mse or k3"
         _require(name not in reasons, message)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 
-from minippo.batching import Encoded, decode_response, encode_prompt, pieces
+from minippo.batching import Encoded, decode_response, pieces
 from minippo.config import EvalConfig
 from minippo.generation import generate_many
 from minippo.logprobs import gather_logprobs
@@ -27,18 +27,7 @@ def win_rate(scores, other_scores) -> tuple[float, float, float]:
     p = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, centre - half, centre + half
-
-
-def encode_all(rows, tokenizer, config: EvalConfig) -> list[list[int]]:
-    """Prompts as token ids; ValueError if one is too long, since test prompts must not vanish."""
-    prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
-    longest = max(map(len, prompts))
-    if longest > config.max_prompt_tokens:
-        raise ValueError(
-            f"a test prompt has {longest} tokens; set max_prompt_tokens to at least that"
-        )
-    return prompts
+    return p, max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sample_answers(policy, prompts, tokenizer, config: EvalConfig, seed, copies=1, on_batch=None):

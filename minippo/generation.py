@@ -28,6 +28,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
     """
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
     threshold = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]  # the sum may miss 1
+    below = cumulative[:, -1:].nextafter(cumulative.new_zeros(()))
+    threshold = torch.minimum(threshold, below)  # u may round to 1
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return tokens.clamp(max=logits.shape[-1] - 1)
 

@@ -64,7 +64,10 @@ def load_tokenizer(path_or_name):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(_existing(path_or_name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_existing(path_or_name))
+    except OSError as error:
+        raise ValueError(f"no tokenizer at {path_or_name!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         message = f"the tokenizer of {path_or_name} has no EOS token"
         raise ValueError(f"{message}; answers could never end: set eos_token")
@@ -81,8 +84,7 @@ def load_policy(path_or_name):
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(_existing(path_or_name), dtype=torch.float32)
-    return checked_policy(model)
+    return checked_policy(_loaded(AutoModelForCausalLM, path_or_name))
 
 
 def checked_policy(model):
@@ -101,6 +103,16 @@ def _existing(path_or_name) -> str:
         message = f"no checkpoint at {path_or_name!r}; shipped ones are {shipped}"
         raise ValueError(f"{message}, else give a folder or hub name")
     return path
+
+
+def _loaded(kind, path_or_name, **options):
+    try:
+        model = kind.from_pretrained(_existing(path_or_name), dtype=torch.float32, **options)
+    except OSError as error:
+        raise ValueError(f"no checkpoint at {path_or_name!r}: {error}") from error
+    for parameter in model.parameters():  # out of the file's memory map, into aligned memory
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def check_same_vocabulary(tokenizer, other, name: str) -> None:
@@ -170,8 +182,7 @@ class _ScalarHead(nn.Module):
         """Reads what `save` wrote; ValueError if there is none."""
         from transformers import AutoModelForSequenceClassification as Classifier
 
-        path = _existing(path_or_name)
-        return cls(Classifier.from_pretrained(path, num_labels=1, dtype=torch.float32))
+        return cls(_loaded(Classifier, path_or_name, num_labels=1))
 
 
 class RewardModel(_ScalarHead):
@@ -208,7 +219,8 @@ class RewardModel(_ScalarHead):
         model = super().load(path_or_name)
         stats = Path(resolve_checkpoint(path_or_name)) / "reward_stats.json"
         if stats.is_file():
-            model.mean, model.std = json.loads(stats.read_text(encoding="utf-8")).values()
+            saved = json.loads(stats.read_text(encoding="utf-8"))
+            model.mean, model.std = saved["mean"], saved["std"]
         return model
 
 

@@ -62,32 +62,34 @@ def train_ppo(
     models = {"policy": policy, "value": value_model}
     optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
     progress = {"kl_coef": config.kl_coef, "best_score": None, "best_step": 0}
+    progress["stopped"] = False  # a resumed run keeps to a stop that was decided
     plan = batch_plan([len(p) for p in prompts], config.batch_size, config.steps, seed)
     state = {**models, "optimizer": optimizer, "progress": progress}
     first = hooks.start("ppo", config.steps, state)
     for step in range(first, config.steps):
+        if progress["stopped"]:
+            break
         set_learning_rate(optimizer, step, config.steps, config.warmup_steps)
         rollout = collect_rollout(
             policy, ref_policy, value_model, score_fn, [prompts[i] for i in plan[step]], tokenizer,
             config, kl_coef=progress["kl_coef"], score_stats=score_stats, seed=seed, step=step,
             rows=plan[step],
         )  # fmt: skip
+        acted = rollout_metrics(rollout, tokenizer.eos_token_id)
+        acted = finite_metrics("ppo", step, acted)  # before a broken score reaches a weight
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         stats = ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator)
-        metrics = rollout_metrics(rollout, tokenizer.eos_token_id)
-        metrics |= {"objective/kl_coef": progress["kl_coef"], **stats}
+        metrics = acted | {"objective/kl_coef": progress["kl_coef"], **stats}
         metrics = finite_metrics("ppo", step, metrics)
         history.append(metrics)
-        stop = update_progress(progress, metrics, step, config)
+        progress["stopped"] = update_progress(progress, metrics, step, config)
         hooks.step("ppo", step, metrics)
-        if stop:
-            break
     return history
 
 
 def kl_penalty_loss(logits, logprobs, ref_policy, batch, config: PPOConfig):
     """L_KL, the KL as a term of the loss: the masked mean of the chosen estimator."""
-    pair = (logprobs, batch.ref_logprobs)
+    pair = tuple(x.masked_fill(~batch.mask, 0) for x in (logprobs, batch.ref_logprobs))
     if config.kl_loss_estimator == "full":
         places, length = (batch.tokens, batch.attention_mask), batch.response.shape[1]
         with torch.no_grad(), autocast(logits.device):

@@ -19,6 +19,8 @@ def score_responses(reward_model, rows: list[Encoded], pad_id: int) -> Tensor:
     tokens, attention_mask, _ = join(prompts, responses, pad_id, device)
     with autocast(tokens.device):
         scores = reward_model(tokens, attention_mask).float()
+    if len({len(r.responses) for r in rows}) > 1:
+        raise ValueError("rows of different K share a batch; batch rows of equal K together")
     return scores.view(len(rows), -1)
 
 
@@ -29,6 +31,8 @@ def reward_loss(scores: Tensor, margins: Tensor | None = None) -> Tensor:
     """
     if margins is None:
         return ranking_loss(scores)
+    if scores.shape[1] != 2:
+        raise ValueError("a margin belongs to a pair; margins need rows of two responses")
     return preference_loss(scores[:, 0], scores[:, 1], margins)
 
 

@@ -4,10 +4,12 @@ Each loads what it needs, refuses what cannot work before anything is trained, t
 library's functions, and leaves its results in the run's folder.
 """
 
+import copy
 import json
 import random
 import time
 import zlib
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -26,7 +28,6 @@ from minippo.evaluation import (
     answer_statistics,
     best_of_n,
     best_of_n_kl,
-    encode_all,
     judge_all,
     kl_per_sequence,
     reward_agreement,
@@ -46,7 +47,8 @@ from minippo.models import (
     response_logits,
     tiny_gpt2,
 )
-from minippo.ppo import train_ppo
+from minippo.optim import adamw
+from minippo.ppo import ppo_update, train_ppo
 from minippo.pretrain import encode_texts, perplexity, train_lm, train_tokenizer
 from minippo.report import write_report
 from minippo.reward_model import score_all, standardise_on, train_reward_model
@@ -63,7 +65,10 @@ from minippo.xray import xray
 def pick_device(name: str) -> torch.device:
     """The device of a run: "auto" is cuda if there, else cpu."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if name == "auto" else name)
+    try:
+        device = torch.device(auto if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is none torch knows; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
     return device
@@ -245,9 +250,12 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
 def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     """SFT, PPO and best-of-n on test prompts; writes evaluation.json, samples.jsonl, xray.json."""
     sft, ppo = load_start(run, "sft"), load_start(run, "ppo")
+    check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
     rows = source.prompts("test", config.prompts)
-    prompts = encode_all(rows, run.tokenizer, config)
+    kept, dropped = encode_rows(rows, run.tokenizer, config.max_prompt_tokens, 1)
+    rows, prompts = [rows[e.row] for e in kept], [e.prompt for e in kept]
+    tqdm.write(f"evaluate: {len(rows)} test prompts, {dropped} dropped as too long")
     copies = {"SFT": (sft, 1), "PPO": (ppo, 1)}
     if config.best_of:
         copies[f"best-of-{config.best_of}"] = (sft, config.best_of)
@@ -269,7 +277,7 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
         result["reward_model"] |= _agreement(rows, many, scores, run.tokenizer)
     run.write_json("evaluation.json", result)
     run.write_rows("samples.jsonl", sample_rows(run, rows, answers, judged, reward_model))
-    run.write_json("xray.json", _xrays(run, source, sft, ppo, reward_model))
+    run.write_json("xray.json", _xrays(run, prompts[:2], sft, ppo, reward_model, config))
     return result
 
 
@@ -325,29 +333,34 @@ def sample_rows(run: Run, rows, answers: dict, judged: dict, reward_model) -> li
         entry["reward"] = {name: round(values[i], 4) for name, values in rewards.items()}
         if judged:
             entry["gold"] = {name: js[i].score for name, js in judged.items()}
-            remarks = {name: js[i].remarks.values() for name, js in judged.items()}
-            entry["remarks"] = {name: " ".join(said) for name, said in remarks.items()}
+            entry["remarks"] = {name: js[i].sentence for name, js in judged.items()}
         written.append(entry)
     return written
 
 
-def _xrays(run: Run, source: Source, sft, ppo, reward_model) -> list[dict]:
-    """The per-token view of one PPO step's data: the SFT policy samples, PPO's policy is "now"."""
-    value_model = load_start(run, "value", ValueModel.load)
+def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> list[dict]:
+    """The per-token view of PPO's answers, before and after one more real update on them."""
     config = run.stages.get("ppo", PPOConfig())
-    rows = source.prompts("test", 4)
-    prompts = [encode_prompt(run.tokenizer, r["instruction"], r["history"]) for r in rows]
-    stats = (reward_model.mean, reward_model.std)
+    config = replace(config, max_response_tokens=limits.max_response_tokens, steps=1)
+    config = replace(config, batch_size=1, minibatch_size=1, micro_batch_size=1)
+    policy, value_model = copy.deepcopy(ppo), load_start(run, "value", ValueModel.load)
+    stats = (reward_model.mean, reward_model.std) if config.standardize_scores else (0.0, 1.0)
+    models = (policy, sft, value_model)
     rollout = collect_rollout(
-        sft, sft, value_model, reward_model, prompts, run.tokenizer, config, score_stats=stats
+        *models, reward_model, prompts, run.tokenizer, config, score_stats=stats
     )
+    optimizer = adamw(
+        {"policy": policy, "value": value_model}, {"policy": config.lr, "value": config.value_lr}
+    )
+    ppo_update(policy, sft, value_model, optimizer, rollout, config, torch.Generator())
     with torch.no_grad():
-        length = rollout.response.shape[1]
-        logits = response_logits(ppo, rollout.tokens, rollout.attention_mask, length)
+        places = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
+        logits = response_logits(policy, *places)
     now = gather_logprobs(logits, rollout.response, config.temperature)
+    options = {"clip_range": config.clip_range, "gamma": config.gamma, "lam": config.lam}
     return [
-        xray(rollout, i, run.tokenizer, logprobs=now, clip_range=config.clip_range).to_dict()
-        for i in range(2)
+        xray(rollout, i, run.tokenizer, logprobs=now, **options).to_dict()
+        for i in range(len(prompts))
     ]
 
 

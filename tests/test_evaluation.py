@@ -221,15 +221,3 @@ def test_standardised_scores_use_the_reference_mean_and_std():
 
     answers = [Encoded(0, [5, 6], [[7, EOS]]), Encoded(1, [2], [[3]])]
     assert ev.standardised(Scorer(), answers, PAD) == pytest.approx([(19 - 10) / 4, (5 - 10) / 4])
-
-
-def test_a_test_prompt_that_is_too_long_is_refused_and_none_vanishes():
-    class Letters:
-        def encode(self, text, add_special_tokens=False):
-            return list(text.encode())
-
-    rows = [topic(0), topic(1)]
-    longest = max(len(f"\n\nHuman: {r['instruction']}\n\nAssistant:") for r in rows)
-    assert len(ev.encode_all(rows, Letters(), EvalConfig(max_prompt_tokens=longest))) == 2
-    with pytest.raises(ValueError, match=f"{longest} tokens.*max_prompt_tokens"):
-        ev.encode_all(rows, Letters(), EvalConfig(max_prompt_tokens=longest - 1))

@@ -303,12 +303,6 @@ def test_at_least_128_of_the_512_prompts_of_the_evaluation_are_harmful():
     assert sum(w.read_request(row["instruction"], row["history"])[1] for row in rows) >= 128
 
 
-def test_prompt_rows_has_the_harmful_share_one_asks_for():
-    """Or the argument is dropped: now it is accepted and ignored."""
-    rows = tiny.prompt_rows("ppo", 60, harmful_share=1.0)
-    assert all(w.read_request(row["instruction"], row["history"])[1] for row in rows)
-
-
 def test_the_base_models_text_is_dialogues_and_one_note_in_five():
     texts = tiny.pretrain_texts(200)
     notes = [text for text in texts if text.startswith("Notes on ")]

@@ -19,7 +19,7 @@ def prompt_rows(split: str, count: int, seed: int = 0) -> list[dict]:
         prompt = format_prompt(request.instruction, request.history)
         rows.setdefault(prompt, {"id": f"{split}-{index}", **_conversation(request)})
     if len(rows) < count:
-        raise ValueError(f"found only {len(rows)} different prompts of split {split!r}, not {count}")
+        raise ValueError(f"split {split!r} gave only {len(rows)} different prompts, not {count}")
     return list(rows.values())
 
 

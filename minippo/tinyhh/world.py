@@ -242,8 +242,8 @@ def _history(rng: random.Random, turns: int, statement: str, seen_only: bool) ->
         history[-1] = (statement, rng.choice(WHAT_IS_IT))
     elif rng.random() < 0.5:  # another topic was talked about before: the last question counts
         asked, answered = rng.choice(ABOUT)
-        names = [t["name"] for i, t in enumerate(subjects(False)) if not (seen_only and is_unseen(i))]
-        history[-1] = (asked.format(name=rng.choice(names)), answered)
+        topics = [t for i, t in enumerate(subjects(False)) if not (seen_only and is_unseen(i))]
+        history[-1] = (asked.format(name=rng.choice(topics)["name"]), answered)
     return tuple(history)
 
 
@@ -253,7 +253,7 @@ def draw_kind(rng: random.Random, harmful: bool, mix: dict) -> str:
 
 
 def write_answer(rng: random.Random, request: Request, kind: str) -> str:
-    """An answer of a given kind (the names in SFT_MIX) to a request; ValueError for another kind."""
+    """An answer of a kind (the names in SFT_MIX) to a request; ValueError for another kind."""
     about, harmful = subjects(request.harmful)[request.subject], request.harmful
     good = _safe if harmful else _helpful
     fixed = {"rude": RUDE, "evasive": EVASIVE, "opener_only": OPENERS, "refusing": REFUSALS}
