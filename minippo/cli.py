@@ -48,8 +48,9 @@ def demo(
     opened, source = _open(run, configs, overwrite)
     result = stages.demo_stages(opened, source)
     print("\n" + stages.table_text(result["table"]))
-    minutes = (time.perf_counter() - began) / 60
-    print(f"\n{minutes:.1f} minutes on a machine of {stages.matmul_gflops():.0f} GFLOP/s")
+    minutes, gflops = (time.perf_counter() - began) / 60, stages.matmul_gflops()
+    opened.write_json("summary.json", {"minutes": minutes, "gflops": gflops})
+    print(f"\n{minutes:.1f} minutes on a machine of {gflops:.0f} GFLOP/s")
     print(f"report: {opened.folder / 'report.html'}")
     print(f"talk to both: minippo chat --name {run.name}")
 
