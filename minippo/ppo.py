@@ -61,8 +61,7 @@ def train_ppo(
     hooks, history = hooks or Hooks(), []
     models = {"policy": policy, "value": value_model}
     optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
-    progress = {"kl_coef": config.kl_coef, "best_score": None, "best_step": 0}
-    progress["stopped"] = False  # a resumed run keeps to a stop that was decided
+    progress = {"kl_coef": config.kl_coef, "best_score": None, "best_step": 0, "stopped": False}
     plan = batch_plan([len(p) for p in prompts], config.batch_size, config.steps, seed)
     state = {**models, "optimizer": optimizer, "progress": progress}
     first = hooks.start("ppo", config.steps, state)
@@ -75,15 +74,14 @@ def train_ppo(
             config, kl_coef=progress["kl_coef"], score_stats=score_stats, seed=seed, step=step,
             rows=plan[step],
         )  # fmt: skip
-        acted = rollout_metrics(rollout, tokenizer.eos_token_id)
-        acted = finite_metrics("ppo", step, acted)  # before a broken score reaches a weight
+        # Looked at before the update: a broken score must not reach a weight.
+        acted = finite_metrics("ppo", step, rollout_metrics(rollout, tokenizer.eos_token_id))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         stats = ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator)
-        metrics = acted | {"objective/kl_coef": progress["kl_coef"], **stats}
-        metrics = finite_metrics("ppo", step, metrics)
-        history.append(metrics)
-        progress["stopped"] = update_progress(progress, metrics, step, config)
-        hooks.step("ppo", step, metrics)
+        acted["objective/kl_coef"] = progress["kl_coef"]
+        history.append(acted | finite_metrics("ppo", step, stats))
+        progress["stopped"] = update_progress(progress, history[-1], step, config)
+        hooks.step("ppo", step, history[-1])
     return history
 
 

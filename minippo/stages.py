@@ -264,9 +264,8 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     with tqdm(total=total, desc=f"{'evaluate':10s}", unit="answer") as bar:
         for name, (policy, n) in copies.items():
             seed = stream(run.config.seed, f"test/{name}")
-            answers[name] = sample_answers(
-                policy, prompts, run.tokenizer, config, seed, n, bar.update
-            )
+            options = (run.tokenizer, config, seed, n, bar.update)
+            answers[name] = sample_answers(policy, prompts, *options)
     many = answers[name] if config.best_of else None
     if many is not None:
         scores = score_all(reward_model, many, run.tokenizer.pad_token_id)
