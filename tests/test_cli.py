@@ -248,7 +248,7 @@ def test_a_stage_whose_forerunner_is_missing_names_it(command, capfd, tmp_path, 
 def test_ranking_candidates_of_a_file_is_refused(capfd, tmp_path, trained, pairs):
     shutil.copytree(trained, tmp_path / "out")
     where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r"]
-    line = refused(capfd, ["reward", *where, "--max-prompt-tokens", "100"])
+    line = refused(capfd, ["reward", *where, "--source", "candidates"])
     if "--source pairs" not in line:  # then the default chose the pairs by itself
         pytest.fail(line)
     assert "reward" not in json.loads((tmp_path / "out" / "r" / "config.json").read_text())

@@ -25,8 +25,10 @@
 # %%
 import os
 import sys
+import warnings
 
 os.environ["TQDM_DISABLE"] = "1"
+warnings.filterwarnings("ignore", message="IProgress not found")
 if "google.colab" in sys.modules:
     # %pip install -q minippo
     pass
