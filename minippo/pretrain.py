@@ -74,10 +74,10 @@ def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
 @torch.no_grad()
 def perplexity(model, sequences: list[list[int]], pad_id: int, batch_size: int = 64) -> float:
     """exp of the mean loss per token on held-out texts."""
-    total, count = 0.0, 0
+    total, count, device = 0.0, 0, next(model.parameters()).device
     for piece in pieces(sequences, batch_size):
         tokens, mask = right_pad(piece, pad_id)
         predicted = int(mask[:, 1:].sum())
-        total += float(text_loss(model, tokens, mask)) * predicted
+        total += float(text_loss(model, tokens.to(device), mask.to(device))) * predicted
         count += predicted
     return float(torch.tensor(total / count).exp())
