@@ -89,7 +89,7 @@ class RewardConfig(_Settings):
     source: Literal["auto", "candidates", "pairs"] = "auto"  # auto: TinyHH ranks candidates
     prompts: int = 4000  # prompts that candidates are sampled for
     candidates: int = 8  # K, answers a prompt; InstructGPT had 4 to 9
-    epochs: int = 2  # passes over the rankings; reward models overfit in the second
+    epochs: int = 2  # passes over the rankings; watch the held-out pairs beyond one
     batch_size: int = 8  # prompts (K answers each) a step
     micro_batch_size: int = 8  # prompts that go through the model at once
     lr: float = 5e-4  # peak learning rate, falling to 0

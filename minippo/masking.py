@@ -5,7 +5,6 @@ with 0 *before* it computes anything. Multiplying by the mask afterwards would n
 NaN, in the value and again in the gradient.
 """
 
-import torch
 from torch import Tensor
 
 

@@ -40,7 +40,6 @@ class Run(Hooks):
         self.config, self.stages = config, dict(stages)
         self.folder = Path(config.out) / config.name
         self.tokenizer, self.bar, self.state, self.stopping = None, None, {}, False
-        self.timings: dict[str, float] = {}
         self.begun = False
         self.discarded: tuple[str, ...] = ()  # what --overwrite replaces, gone once the run begins
         self._check(overwrite)
@@ -156,7 +155,6 @@ class Run(Hooks):
         """Closes a stage: a last checkpoint, without the optimizer, marked as finished."""
         self.save(stage, self.bar.n, finished=True)
         self._close()
-        self.timings[stage] = time.perf_counter() - self.began
 
     def _close(self) -> None:
         self.bar.close()
