@@ -47,6 +47,8 @@ endef
 
 .NOTPARALLEL:
 HH_FILE ?=
+# Real HH-RLHF rows are long: these keep most of them.
+HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
 .PHONY: help demo seeds hh results data install test unit notebooks exercises staleness rebuild lint clean
 
@@ -62,9 +64,10 @@ seeds: install
 
 hh: install
 	@test -f "$(HH_FILE)" || { echo "make hh needs HH_FILE=rows.jsonl.gz"; exit 2; }
-	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 600
+	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 1500 --n-positions 512
 	for stage in sft reward ppo; do \
-	  $(BIN)/minippo $$stage --name hh --data $(HH_FILE) || exit 1; done
+	  $(BIN)/minippo $$stage --name hh --data $(HH_FILE) $(HH_LIMITS) || exit 1; done
+	$(BIN)/minippo evaluate --overwrite --name hh --data $(HH_FILE) $(HH_LIMITS)
 
 results: install
 	$(BIN)/python docs/make_results.py $(wildcard runs/seed-*) $(if $(wildcard runs/hh),--hh runs/hh)

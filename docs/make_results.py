@@ -9,10 +9,12 @@ The runs are made by `make seeds` (the demo with its own settings, every stage r
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+
+from minippo.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig, ValueConfig
 
 DOCS = Path(__file__).parent
 # What every single seed has to meet: key of the PPO column, bound, and the direction.
@@ -27,6 +29,9 @@ BARS = {
     "distinct": (">=", 0.60),
     "forms": (">=", 3),
 }
+DEMO = {"sft": SFTConfig(), "reward": RewardConfig(), "value": ValueConfig()}
+DEMO |= {"ppo": PPOConfig(), "eval": EvalConfig()}
+MIXED, MINUTES = 0.25, 8.0  # SFT complies at least so often; the whole demo takes at most
 SHARES = {"win_rate", "on_topic", "complying", "rude", "over_refusing", "ended", "distinct"}
 SHARES |= {"unreadable", "rambling"}
 
@@ -41,6 +46,7 @@ class Seed:
     critic: dict
     minutes: float
     gflops: float
+    settings: dict  # stage -> its settings
 
     @property
     def best_of_n(self) -> dict:
@@ -56,6 +62,19 @@ class Seed:
                 found.append(f"{key} {value:.3f}, not {sign} {bound}")
         if ppo["gold"] < self.best_of_n["gold"]:
             found.append(f"gold {ppo['gold']:.2f}, below best-of-n {self.best_of_n['gold']:.2f}")
+        if self.models["SFT"]["complying"] < MIXED:
+            found.append(f"SFT complying {self.models['SFT']['complying']:.3f}, not >= {MIXED}")
+        if self.minutes > MINUTES:
+            found.append(f"minutes {self.minutes:.1f}, not <= {MINUTES}")
+        return found + self.unlike_the_demo()
+
+    def unlike_the_demo(self) -> list[str]:
+        """The settings in which this run is no `minippo demo` as it comes."""
+        found = []
+        for stage, config in DEMO.items():
+            for key, value in asdict(config).items():
+                if self.settings.get(stage, {}).get(key) != value:
+                    found.append(f"{stage}.{key} is not the demo's {value}")
         return found
 
 
@@ -65,7 +84,10 @@ def read_seed(folder: Path) -> Seed:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     models = {row["model"]: row for row in evaluation["table"]}
     quality = evaluation["reward_model"], evaluation["critic"]
-    return Seed(folder.name, models, *quality, summary["minutes"], summary["gflops"])
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Seed(
+        folder.name, models, *quality, summary["minutes"], summary["gflops"], settings
+    )  # fmt: skip
 
 
 def show(key: str, value) -> str:
@@ -93,16 +115,21 @@ def bars_table(seeds: list[Seed]) -> str:
         rows.append([key.replace("_", " "), f"{sign} {show(key, bound)}", spread, *cells])
     for name, of in (("gold, PPO", "PPO"), ("gold, SFT", "SFT")):
         rows.append([name, "", "", *(f"{seed.models[of]['gold']:.2f}" for seed in seeds)])
+    for key in ("unreadable", "rambling"):
+        sft = [seed.models["SFT"][key] for seed in seeds]
+        cells = [show(key, seed.models["PPO"][key]) for seed in seeds]
+        rows.append([key, "", f"{show(key, min(sft))} to {show(key, max(sft))}", *cells])
     best = [f"{seed.best_of_n['gold']:.2f}" for seed in seeds]
     rows.append(["gold, best-of-16", "at most PPO's", "", *best])
-    rows.append(["minutes", "<= 8", "", *(f"{seed.minutes:.1f}" for seed in seeds)])
+    rows.append(["minutes", f"<= {MINUTES:.0f}", "", *(f"{seed.minutes:.1f}" for seed in seeds)])
     rows.append(["machine, GFLOP/s", "", "", *(f"{seed.gflops:.0f}" for seed in seeds)])
     return table(["PPO", "bar", "SFT, all seeds", *(seed.name for seed in seeds)], rows)
 
 
 def reward_table(seeds: list[Seed]) -> str:
     """The reward model of each seed against the annotator."""
-    names = [key for key in seeds[0].reward_model if key not in ("held_out_pairs", "low", "high")]
+    hidden = ("held_out_pairs", "low", "high")
+    names = [key for key in seeds[0].reward_model if key not in hidden]
     rows = [[name, *(f"{s.reward_model[name]:.3f}" for s in seeds)] for name in names]
     explained = [f"{s.critic['explained_variance']:.2f}" for s in seeds]
     rows.append(["critic: explained variance of V(x) before PPO", *explained])

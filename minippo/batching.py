@@ -24,8 +24,13 @@ class Encoded:
 
 
 def encode_prompt(tokenizer, instruction: str, history=()) -> list[int]:
-    """Token ids of a prompt, which ends in "Assistant:"."""
-    return _encode_text(tokenizer, format_prompt(instruction, history))
+    """Token ids of a prompt, which ends in "Assistant:"; BOS stands first if there is one."""
+    return [*beginning(tokenizer), *_encode_text(tokenizer, format_prompt(instruction, history))]
+
+
+def beginning(tokenizer) -> list[int]:
+    """The BOS that a tokenizer puts before every text (Llama's does), nothing if it puts none."""
+    return [token for token in tokenizer.encode("") if token == tokenizer.bos_token_id]
 
 
 def encode_response(tokenizer, answer: str) -> list[int]:
@@ -74,14 +79,17 @@ def encode_rows(
     return kept, len(rows) - len(kept)
 
 
-def check_context(model, max_prompt_tokens: int, max_response_tokens: int) -> None:
-    """Raises ValueError if prompt and response together do not fit the model's positions."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    wanted = max_prompt_tokens + max_response_tokens
+def check_context(model, prompt_tokens: int, response_tokens: int = 0) -> None:
+    """Raises ValueError if a prompt and its response, or a row as a whole, exceed the positions.
+
+    A model whose config has no limit, and a rule, which has no config, take any length.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    wanted = prompt_tokens + response_tokens
     if context is not None and wanted > context:
         raise ValueError(
-            f"max_prompt_tokens + max_response_tokens = {wanted}, "
-            f"but the model's context is {context} tokens; lower one of them"
+            f"{wanted} tokens of prompt and response do not fit the context of {context} tokens of "
+            f"{type(model).__name__}; lower max_prompt_tokens or max_response_tokens, or cut texts"
         )
 
 
@@ -118,8 +126,7 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
     order = order[: len(order) // batch_size * batch_size] or order
     blocks = [sorted(block, key=lengths.__getitem__) for block in pieces(order, 16 * batch_size)]
     batches = [batch for block in blocks for batch in pieces(block, batch_size)]
-    whole = [batch for batch in batches if len(batch) == batch_size] or batches
-    return rng.sample(whole, len(whole))
+    return rng.sample(batches, len(batches))
 
 
 def batch_plan(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:

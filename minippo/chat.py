@@ -1,34 +1,61 @@
 """`minippo chat`: the SFT and the PPO model answer side by side."""
 
 import random
+from pathlib import Path
 
-from minippo.batching import decode_response, encode_prompt
+from minippo.batching import check_context, decode_response, encode_prompt
 from minippo.config import RunConfig
 from minippo.generation import generate_many
 from minippo.models import load_policy, load_tokenizer
-from minippo.run import Run
+from minippo.run import final_checkpoint
 from minippo.tinyhh.annotator import judge
 from minippo.tinyhh.world import read_request
 
+STAGES = {"SFT": "sft", "PPO": "ppo"}
 
-def talk(config: RunConfig, temperature: float = 1.0) -> None:
+
+def talk(
+    name: str = RunConfig.name,
+    out: Path = RunConfig.out,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_response_tokens: int = 48,
+) -> None:
     """Reads questions until an empty line; prints both answers, and the annotator's opinion.
 
-    Each model keeps its own conversation, so that the two may be compared over several turns.
+    Both models are those of the run out/name; without a run of the default name, the shipped ones.
+    Each keeps its own conversation, so that the two may be compared over several turns.
+    Raises ValueError if the run is not there or not finished, or a setting cannot work.
     """
     if not temperature > 0:
         raise ValueError(f"--temperature is {temperature}; it must be greater than 0")
-    paths = {name: Run.find(config, stage) for name, stage in (("SFT", "sft"), ("PPO", "ppo"))}
-    models = {name: (load_policy(path), load_tokenizer(path)) for name, path in paths.items()}
-    histories: dict[str, list] = {name: [] for name in models}
+    paths = _checkpoints(Path(out) / name)
+    models = {label: (load_policy(path), load_tokenizer(path)) for label, path in paths.items()}
+    for policy, _ in models.values():
+        check_context(policy, 1, max_response_tokens)
+    histories: dict[str, list] = {label: [] for label in models}
     print("Ask something; an empty line ends it. For example: How do I grow sweet tomatoes?")
-    turn = random.Random(config.seed).randrange(2**31)
+    turn = random.Random(seed).randrange(2**31)
     while question := _ask():
         turn += 1
-        for name, (policy, tokenizer) in models.items():
-            answer = _answer(policy, tokenizer, question, histories[name], turn, temperature)
-            print(f"  {name}: {answer}{_opinion(question, answer, histories[name])}")
-            histories[name].append((question, answer))
+        for label, (policy, tokenizer) in models.items():
+            settings = (turn, temperature, max_response_tokens)
+            answer = _answer(policy, tokenizer, question, histories[label], *settings)
+            print(f"  {label}: {answer}{_opinion(question, answer, histories[label])}")
+            histories[label].append((question, answer))
+
+
+def _checkpoints(folder: Path) -> dict[str, str]:
+    """Where the two models are, which is printed. Never one of a run beside a shipped one."""
+    if folder.is_dir():
+        paths = {label: str(final_checkpoint(folder, stage)) for label, stage in STAGES.items()}
+        print("This is " + " and ".join(f"{label} of {path}" for label, path in paths.items()))
+        return paths
+    if folder.name != RunConfig.name:
+        message = f"there is no run {folder}; give the --name of one"
+        raise ValueError(f"{message}, or none at all to talk to the shipped models")
+    print(f"There is no run {folder}: this is the SFT and the PPO model that minippo ships")
+    return STAGES
 
 
 def _ask() -> str:
@@ -38,9 +65,11 @@ def _ask() -> str:
         return ""
 
 
-def _answer(policy, tokenizer, question: str, history, seed: int, temperature: float) -> str:
+def _answer(
+    policy, tokenizer, question: str, history, seed: int, temperature: float, limit: int
+) -> str:
     """The longest history that fits into the context goes along."""
-    limit, room = 48, policy.config.max_position_embeddings - 48
+    room = policy.config.max_position_embeddings - limit
     history = list(history)
     prompt = encode_prompt(tokenizer, question, history)
     while len(prompt) > room and history:

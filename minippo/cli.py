@@ -25,6 +25,21 @@ from minippo.config import (
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read once, when the hub is imported
 Flat = tyro.conf.arg(name="")  # a config whose options stand without a prefix
+Overwrite = Annotated[
+    bool, tyro.conf.arg(help="replace this stage of the run, and those that build on it")
+]
+Temperature = Annotated[
+    float,
+    tyro.conf.arg(help="of the sampling; near 0 is the likeliest answer, 1 the policy itself"),
+]
+Name = Annotated[str, tyro.conf.arg(help="the run's folder is runs/NAME")]
+Out = Annotated[Path, tyro.conf.arg(help="the folder of all runs")]
+ABOUT = """RLHF with PPO, small enough to read.
+
+Start with `minippo demo`: it runs every stage on a small preference world and ends with a report.
+The stages one by one, in order: pretrain, sft, reward, value, ppo, evaluate. Those of one --name
+build on each other. With --data FILE they run on your own rows in the format of HH-RLHF.
+`minippo COMMAND --help` explains each setting and gives its usual range."""
 
 
 def demo(
@@ -34,7 +49,7 @@ def demo(
     value: ValueConfig = ValueConfig(),
     ppo: PPOConfig = PPOConfig(),
     eval: EvalConfig = EvalConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """The whole of RLHF on TinyHH, from the shipped base to the report, in minutes.
 
@@ -58,7 +73,7 @@ def demo(
 def pretrain(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[PretrainConfig, Flat] = PretrainConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train tokenizer and base model on the text of --data (TinyHH: several minutes)."""
     from minippo import stages
@@ -69,7 +84,7 @@ def pretrain(
 def sft(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[SFTConfig, Flat] = SFTConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune the base on demonstrations; on a file, on its chosen answers."""
     from minippo import stages
@@ -80,7 +95,7 @@ def sft(
 def reward(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[RewardConfig, Flat] = RewardConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train the reward model on ranked candidates of the SFT model, or on given pairs."""
     from minippo import stages
@@ -91,34 +106,46 @@ def reward(
 def value(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[ValueConfig, Flat] = ValueConfig(),
-    overwrite: bool = False,
+    ppo: PPOConfig = PPOConfig(),
+    overwrite: Overwrite = False,
 ) -> None:
-    """Warm up the critic on the mean reward of each prompt's answers."""
+    """Warm up the critic on the mean reward of each prompt's answers.
+
+    The reward is PPO's, so what PPO will run with goes here too: --ppo.max-response-tokens 64.
+    `minippo ppo` warms up a critic by itself; this command is for looking at the stage alone.
+    """
     from minippo import stages
 
-    stages.value_stage(*_open(run, {"value": config}, overwrite), config, PPOConfig())
+    stages.value_stage(*_open(run, {"value": config}, overwrite), config, ppo)
 
 
 def ppo(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[PPOConfig, Flat] = PPOConfig(),
     warmup: ValueConfig = ValueConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Align the SFT policy with PPO; warms up the critic first if the run has none."""
+    """Align the SFT policy with PPO; warms up the critic first if the run has none.
+
+    Watch the KL and read answers: a rising score alone is no success (it is what is optimised).
+    KL runs away: raise --kl-coef, or set --target-kl. Nothing moves: raise --lr or lower --kl-coef.
+    """
     from minippo import stages
 
     opened, source = _open(run, {"ppo": config}, overwrite)
     if not opened.finished("value"):
         opened.add_stage("value", warmup)
         stages.value_stage(opened, source, warmup, config)
+    elif warmup not in (ValueConfig(), opened.settings("value", ValueConfig)):
+        message = f"the critic of {opened.folder} is warmed up already; leave out --warmup.*"
+        raise ValueError(f"{message}, or redo it with `minippo value --overwrite`")
     stages.ppo_stage(opened, source, config)
 
 
 def evaluate(
     run: Annotated[RunConfig, Flat] = RunConfig(name="evaluate"),
     config: Annotated[EvalConfig, Flat] = EvalConfig(),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare SFT, PPO and best-of-n on test prompts; without a run, the shipped checkpoints."""
     from minippo import stages
@@ -128,22 +155,27 @@ def evaluate(
     print("\n" + stages.table_text(result["table"]))
 
 
-def report(run: Annotated[RunConfig, Flat] = RunConfig()) -> None:
+def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
     """Write runs/NAME/report.html anew from what the run's folder holds."""
     from minippo.report import write_report
 
-    print(write_report(Path(run.out) / run.name))
+    print(write_report(out / name))
 
 
-def chat(run: Annotated[RunConfig, Flat] = RunConfig(), temperature: float = 1.0) -> None:
+def chat(
+    name: Name = RunConfig.name,
+    out: Out = RunConfig.out,
+    temperature: Temperature = 1.0,
+    seed: Annotated[int, tyro.conf.arg(help="of the sampling")] = 0,
+) -> None:
     """Talk to the SFT and the PPO model side by side; an empty line ends it.
 
-    Without a run of this name, to the shipped ones. Ask what the world knows, for example
+    Without a run, to the shipped ones. Ask what the world knows, for example
     "How do I grow sweet tomatoes?"
     """
     from minippo.chat import talk
 
-    talk(run, temperature)
+    talk(name, out, temperature, seed)
 
 
 def doctor() -> None:
@@ -153,17 +185,16 @@ def doctor() -> None:
     sys.exit(0 if examine() else 1)
 
 
-def data(out: Path = Path("data"), checkpoints: Path | None = None) -> None:
-    """Write the packaged TinyHH rows to OUT, and with --checkpoints RUN that run's models.
+def data(
+    out: Annotated[Path, tyro.conf.arg(help="gets tinyhh/ and checkpoints/")] = Path("data"),
+    checkpoints: Annotated[
+        Path | None, tyro.conf.arg(help="a finished run's folder, with pretrain and demo")
+    ] = None,
+) -> None:
+    """Write the packaged TinyHH rows to OUT; with --checkpoints also a run's models, halved."""
+    from minippo.packaging import write_data
 
-    out: the folder that gets tinyhh/ and checkpoints/
-    checkpoints: a finished run's folder (pretrain and demo), exported in half precision
-    """
-    from minippo.packaging import write_checkpoints, write_rows
-
-    write_rows(out)
-    if checkpoints is not None:
-        write_checkpoints(checkpoints, out)
+    write_data(out, checkpoints)
 
 
 COMMANDS = {
@@ -185,7 +216,7 @@ def _open(run: RunConfig, configs: dict, overwrite: bool):
     from minippo.run import Run
     from minippo.sources import Source
 
-    source = Source(run.data, run.limit)
+    source = Source(run.data, run.limit, run.split)
     if source.report:
         print(source.report)
     return Run(run, configs, overwrite), source
@@ -197,7 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
         _parse(arguments)()
     except KeyboardInterrupt as stop:
         _close_bars()
-        print(f"\nminippo: interrupted; {str(stop) or 'go on with --resume'}", file=sys.stderr)
+        said = str(stop) or "what is finished is saved; run it again, with --resume if it had begun"
+        print(f"\nminippo: interrupted; {said}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         _close_bars()
@@ -208,11 +240,11 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None):
     """The chosen command with its options, not yet run. ValueError if they are wrong."""
     commands = {name: _deferred(command) for name, command in COMMANDS.items()}
-    about, said = "RLHF with PPO, small enough to read.", io.StringIO()
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                commands, prog="minippo", description=about, args=arguments
+                commands, prog="minippo", description=ABOUT, args=arguments
             )
     except SystemExit as end:
         if not end.code:

@@ -4,6 +4,7 @@ Each config checks itself when it is made, so a wrong setting is refused before 
 or trained.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -35,6 +36,7 @@ class _Settings:
             is_number = field.default is None or type(field.default) in (int, float)
             if not is_number or (value is None and field.default is None):
                 continue
+            _require(math.isfinite(value), f"{kind}.{name} is {value}; it must be a finite number")
             if name in _MAY_BE_ZERO:
                 _require(value >= 0, f"{kind}.{name} is {value}; it must not be negative")
             else:
@@ -54,56 +56,60 @@ class _Settings:
 class PretrainConfig(_Settings):
     """The base model: a tiny GPT-2 and its tokenizer, trained on the text of the data set."""
 
-    steps: int = 3500  # optimizer steps; the shipped base took 3500
-    batch_size: int = 64  # dialogues a step
-    lr: float = 3e-3  # peak learning rate; tiny models like 1e-3 to 5e-3
-    warmup_steps: int = 100  # linear warm-up
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    vocab_size: int = 2048  # of the byte-level BPE; 1,000 to 50,000
-    n_layer: int = 2  # transformer blocks
-    n_embd: int = 128  # width
-    n_head: int = 4  # attention heads; must divide n_embd
-    n_positions: int = 256  # longest sequence in tokens
-    save_every: int = 500  # steps between checkpoints
+    steps: int = 10_000  # optimizer steps; 1,000 learn to spell, 10,000 what belongs to what
+    batch_size: int = 32  # texts a step; 16 to 512. Tiny models learn most per second from few
+    lr: float = 3e-3  # peak learning rate, falling to 0; 1e-3 to 5e-3 for tiny models
+    warmup_steps: int = 100  # linear warm-up; 1% to 10% of the steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
+    vocab_size: int = 3072  # at most, of the byte-level BPE; TinyHH needs 2,885, GPT-2 has 50,257
+    n_layer: int = 2  # transformer blocks; GPT-2 has 12
+    n_embd: int = 120  # width; GPT-2 has 768
+    n_head: int = 4  # attention heads; must divide n_embd; GPT-2 has 12
+    n_positions: int = 256  # longest sequence in tokens; GPT-2 has 1,024
+    save_every: int = 500  # steps between checkpoints; 10 to 1,000
 
 
 @dataclass(frozen=True)
 class SFTConfig(_Settings):
     """Supervised fine-tuning: imitate the demonstrations, response tokens only."""
 
-    steps: int = 150  # optimizer steps
-    batch_size: int = 64  # demonstrations a step
-    micro_batch_size: int = 64  # how many go through the model at once; same result, less memory
-    lr: float = 1e-3  # peak learning rate, falling to 0
-    warmup_steps: int = 10  # linear warm-up
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
-    max_response_tokens: int = 48  # longer answers are dropped and counted
-    save_every: int = 50  # steps between checkpoints
+    steps: int = 150  # optimizer steps; 1 to 3 passes over the demonstrations
+    batch_size: int = 64  # demonstrations a step; 16 to 512
+    micro_batch_size: int = 32  # of them in the model at once; same result, less memory; 1 and up
+    lr: float = 1e-3  # peak learning rate, falling to 0; 1e-5 for billions of parameters
+    warmup_steps: int = 10  # linear warm-up; 1% to 10% of the steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
+    max_response_tokens: int = 48  # longer answers are dropped and counted; 32 to 4,096
+    save_every: int = 50  # steps between checkpoints; 10 to 1,000
 
 
 @dataclass(frozen=True)
 class RewardConfig(_Settings):
     """The reward model: all K(K-1)/2 pairs of a prompt in one batch, each answer read once."""
 
-    source: Literal["auto", "candidates", "pairs"] = "auto"  # auto: TinyHH ranks candidates
-    prompts: int = 4000  # prompts that candidates are sampled for
+    # candidates: what the SFT model answers, ranked by the annotator; pairs: those of the data set;
+    # auto: candidates for TinyHH, which has an annotator, else pairs
+    source: Literal["auto", "candidates", "pairs"] = "auto"
+    prompts: int = 4000  # prompts that candidates are sampled for; 1,000 to 30,000
     candidates: int = 8  # K, answers a prompt; InstructGPT had 4 to 9
-    epochs: int = 2  # passes over the rankings; watch the held-out pairs beyond one
-    batch_size: int = 8  # prompts (K answers each) a step
-    micro_batch_size: int = 8  # prompts that go through the model at once
-    lr: float = 5e-4  # peak learning rate, falling to 0
-    warmup_steps: int = 20  # linear warm-up
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    epochs: int = 2  # passes over the rankings; 1, or 2 while held-out pairs still improve
+    batch_size: int = 8  # prompts (K answers each) a step; 4 to 64
+    micro_batch_size: int = 8  # prompts in the model at once; same result, less memory; 1 and up
+    lr: float = 5e-4  # peak learning rate, falling to 0; 1e-5 for billions of parameters
+    warmup_steps: int = 20  # linear warm-up; 1% to 10% of the steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
     margin: bool = False  # subtract the annotator's score gap in the loss (Llama 2); pairs only
-    held_out: int = 256  # prompts (or pairs) kept for measuring the agreement
-    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
-    max_response_tokens: int = 48  # longer answers are dropped and counted
-    save_every: int = 100  # steps between checkpoints
+    held_out: int = 256  # at most so many prompts measure the agreement; 100 to 1,000
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
+    max_response_tokens: int = 48  # longer answers are dropped and counted; 32 to 4,096
+    save_every: int = 100  # steps between checkpoints; 10 to 1,000
 
     def __post_init__(self):
         message = f"RewardConfig.candidates is {self.candidates}; a ranking needs at least 2"
         _require(self.candidates >= 2, message)
+        message = "RewardConfig.margin needs given pairs; add --source pairs"
+        _require(not self.margin or self.source != "candidates", message)
         super().__post_init__()
 
 
@@ -111,51 +117,56 @@ class RewardConfig(_Settings):
 class ValueConfig(_Settings):
     """Critic warm-up: the mean reward of a prompt's answers, before PPO begins (the notes, 2.3)."""
 
-    prompts: int = 1024  # prompts whose answers are scored
-    candidates: int = 4  # answers a prompt, averaged to V(x)
-    epochs: int = 2  # passes over the prompts
-    batch_size: int = 64  # prompts a step
-    lr: float = 5e-4  # peak learning rate, falling to 0
-    warmup_steps: int = 5  # linear warm-up
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    held_out: int = 128  # prompts kept for the explained variance
-    save_every: int = 50  # steps between checkpoints
+    prompts: int = 1024  # prompts whose answers are scored; 500 to 10,000
+    candidates: int = 4  # answers a prompt, averaged to V(x); 1 to 16
+    epochs: int = 2  # passes over the prompts; 1 to 4
+    batch_size: int = 64  # prompts a step; 16 to 512
+    lr: float = 5e-4  # peak learning rate, falling to 0; 1e-5 for billions of parameters
+    warmup_steps: int = 5  # linear warm-up; 1% to 10% of the steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
+    held_out: int = 128  # prompts kept for the explained variance; 2 and more
+    save_every: int = 50  # steps between checkpoints; 10 to 1,000
+
+    def __post_init__(self):
+        message = f"ValueConfig.held_out is {self.held_out}; a variance needs at least 2 prompts"
+        _require(self.held_out >= 2, message)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
 class PPOConfig(_Settings):
     """PPO. A rollout of `batch_size` answers, then `ppo_epochs` passes in minibatches."""
 
-    steps: int = 100  # rollouts, each followed by its updates
+    steps: int = 100  # rollouts, each followed by its updates; 50 to 10,000
     batch_size: int = 64  # prompts (and answers) a rollout; 64 to 512
-    minibatch_size: int = 32  # answers an optimizer step
-    micro_batch_size: int = 32  # answers in the models at once; same result, less memory
+    minibatch_size: int = 32  # answers an optimizer step; 1/4 of the rollout to all of it
+    micro_batch_size: int = 32  # answers in the models at once; same result, less memory; 1 and up
     ppo_epochs: int = 2  # passes over a rollout; 1 to 4
     lr: float = 3e-4  # of the policy, falling to 0; 1e-6 for billions of parameters
-    value_lr: float = 5e-4  # of the critic, falling to 0
-    warmup_steps: int = 5  # linear warm-up
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm, each model's own
+    value_lr: float = 5e-4  # of the critic, falling to 0; 1 to 10 times lr
+    warmup_steps: int = 5  # linear warm-up; 1% to 10% of the steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, each model's own; 0.5 to 1
     kl_coef: float = 0.05  # beta, the KL penalty in the reward; 0.01 to 0.2
     kl_estimator: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # see kl.py: kl is the sound one
-    kl_loss_coef: float = 0.0  # c2, the KL as a term of the loss; 0 turns it off
+    kl_loss_coef: float = 0.0  # c2, the KL as a term of the loss; 0 turns it off, else 0.001 to 0.1
     kl_loss_estimator: Literal["full", "mse", "k3"] = "full"  # k3 follows KL(ref, policy)
-    target_kl: float | None = None  # KL per sequence an adaptive kl_coef aims at; None: fixed
-    kl_horizon: int = 10_000  # answers over which the adaptive kl_coef reacts
+    target_kl: float | None = None  # KL per sequence an adaptive kl_coef aims at; 3 to 10 nats
+    kl_horizon: int = 10_000  # answers over which the adaptive kl_coef reacts; 1,000 to 100,000
     advantage: Literal["gae", "simple"] = "gae"  # per-token GAE, or R(x, y) - V(x) per answer
     gamma: float = 1.0  # discount; 1 for answers, which end
-    lam: float = 0.95  # lambda of GAE; 1 is unbiased, smaller is less noisy
+    lam: float = 0.95  # lambda of GAE; 1 is unbiased, smaller is less noisy; 0.9 to 1
     whiten_advantages: bool = True  # mean 0, variance 1 over the rollout
-    clip_range: float = 0.2  # epsilon of the policy ratio
-    value_clip_range: float = 0.2  # epsilon of the value clip
-    vf_coef: float = 1.0  # c1, weight of the value loss
-    temperature: float = 1.0  # divides the logits in rollout, update and reference alike
-    missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that does not end
+    clip_range: float = 0.2  # epsilon of the policy ratio; 0.1 to 0.3
+    value_clip_range: float = 0.2  # epsilon of the value clip; 0.1 to 0.5
+    vf_coef: float = 1.0  # c1, weight of the value loss; 0.1 to 1, less where the trunk is shared
+    temperature: float = 1.0  # divides the logits in rollout, update and reference; 0.7 to 1
+    missing_eos_penalty: float = 1.0  # subtracted from the score of an endless answer; 0 to 2
     standardize_scores: bool = True  # by mean and std of the reward model on reference samples
-    stop_kl: float | None = None  # stop when KL per sequence exceeds this
-    stop_patience: int | None = None  # stop after this many steps without a better mean score
-    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
-    max_response_tokens: int = 48  # answers are cut here
-    save_every: int = 10  # steps between checkpoints
+    stop_kl: float | None = None  # stop when KL per sequence exceeds this; 10 to 50 nats
+    stop_patience: int | None = None  # stop after so many steps without a better score; 20 to 100
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
+    max_response_tokens: int = 48  # answers are cut here; 32 to 4,096
+    save_every: int = 10  # steps between checkpoints; 1 to 100
 
     def __post_init__(self):
         for name in ("gamma", "lam"):
@@ -173,12 +184,12 @@ class PPOConfig(_Settings):
 class EvalConfig(_Settings):
     """Evaluation on test prompts nobody trained on."""
 
-    prompts: int = 512  # test prompts
-    best_of: int = 16  # n of best-of-n by the same reward model; 0 skips it
-    samples: int = 10  # answers shown side by side in the report
-    temperature: float = 1.0  # of the sampling
-    max_prompt_tokens: int = 128  # longer prompts are dropped and counted
-    max_response_tokens: int = 48  # answers are cut here
+    prompts: int = 512  # test prompts; 200 to 2,000
+    best_of: int = 16  # n of best-of-n by the same reward model; 4 to 64, 0 skips it
+    samples: int = 10  # answers shown side by side in the report; 0 to 100
+    temperature: float = 1.0  # of the sampling; 1 is the policy itself
+    max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
+    max_response_tokens: int = 48  # answers are cut here; 32 to 4,096
 
 
 @dataclass(frozen=True)
@@ -188,11 +199,12 @@ class RunConfig(_Settings):
     name: str = "demo"  # the run's folder is runs/NAME
     out: Path = Path("runs")  # the folder of all runs
     data: str = "tiny_hh"  # tiny_hh, a file, a folder or a hub name
+    split: str = ""  # of --data, where it has several, such as train
+    limit: int | None = None  # use only this many rows of --data FILE
     base: str = "base"  # where to start: a shipped checkpoint's name, a folder or a hub name
-    seed: int = 0  # of everything random
+    seed: int = 0  # of everything random; 0 and up
     device: str = "auto"  # auto takes cuda if there, else cpu
     resume: bool = False  # go on where an interrupted run stopped
-    limit: int | None = None  # use only this many rows of --data
 
     def __post_init__(self):
         _require(bool(self.name), "RunConfig.name is empty; give the run a name")

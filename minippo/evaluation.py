@@ -43,9 +43,7 @@ def sample_answers(policy, prompts, tokenizer, config: EvalConfig, seed, copies=
 def best_of_n(answers: list[Encoded], scores: list[list[float]]) -> list[Encoded]:
     """Of each prompt's answers the one with the highest score."""
     best = [max(range(len(s)), key=s.__getitem__) for s in scores]
-    return [
-        Encoded(e.row, e.prompt, [e.responses[i]]) for e, i in zip(answers, best, strict=True)
-    ]
+    return [Encoded(e.row, e.prompt, [e.responses[i]]) for e, i in zip(answers, best, strict=True)]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -79,16 +77,19 @@ def judge_all(rows, answers: list[Encoded], tokenizer) -> list[Judgement]:
 
 
 def annotated_summary(rows, judgements: list[Judgement]) -> dict:
-    """Mean gold score and the rates of the table, each over the requests it is about."""
+    """Mean gold score and the rates of the table, each over the requests it is about.
+
+    A rate over no request at all is None.
+    """
     harmful = [read_request(row["instruction"], row["history"])[1] for row in rows]
 
-    def rate(label: str, which: bool | None = None) -> float:
+    def rate(label: str, which: bool | None = None) -> float | None:
         chosen = [
             label in j.labels
             for j, h in zip(judgements, harmful, strict=True)
             if which in (None, h)
         ]
-        return sum(chosen) / len(chosen) if chosen else float("nan")
+        return sum(chosen) / len(chosen) if chosen else None
 
     return {
         "gold": sum(j.score for j in judgements) / len(judgements),
@@ -118,13 +119,33 @@ def answer_statistics(answers: list[Encoded], eos_id: int) -> dict:
     }
 
 
+def ranking_accuracy(scores: list[list[float]]) -> dict:
+    """How often the reward model puts two answers in the order of a ranking.
+
+    scores: K per ranking, best first; a tie counts half
+    returns: held_out_pairs, accuracy, and low and high, a 95% interval over rankings: the K(K-1)/2
+        pairs of one share their answers, so they are no independent trials (of pairs: Wilson's)
+    """
+    pairs = [[(a, b) for i, a in enumerate(s) for b in s[i + 1 :]] for s in scores]
+    flat = [pair for ranking in pairs for pair in ranking]
+    share, low, high = win_rate(*zip(*flat, strict=True))
+    if len(flat) > len(pairs) > 1:
+        # The accuracy is a ratio of sums over rankings; this is its linearised standard error.
+        hits = [sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in r) for r in pairs]
+        errors = [hit - share * len(r) for hit, r in zip(hits, pairs, strict=True)]
+        n = len(pairs)
+        half = 1.96 * math.sqrt(n / (n - 1) * math.fsum(e * e for e in errors)) / len(flat)
+        low, high = max(0.0, share - half), min(1.0, share + half)
+    return {"held_out_pairs": len(flat), "accuracy": share, "low": low, "high": high}
+
+
 def reward_agreement(rows, scores: list[list[float]], judged: list[list[Judgement]]) -> dict:
     """How often the reward model orders two answers to a prompt as the noiseless annotator does.
 
     scores, judged: K per row. Only pairs the annotator tells apart count. Per named part: pairs
         that differ in this part, and whose order is this part's order.
     returns: shares under "noiseless", "seen topics", "unseen topics" and each part's name, and
-        "correlation"
+        "correlation", None if either side gives all answers one score
     """
     hits: dict[str, list[bool]] = {}
     for row, s, j in zip(rows, scores, judged, strict=True):
@@ -137,7 +158,8 @@ def reward_agreement(rows, scores: list[list[float]], judged: list[list[Judgemen
                 hits.setdefault(name, []).append(right)
     flat = torch.tensor([[x for r in scores for x in r], [x.score for r in judged for x in r]])
     shares = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
-    return {**shares, "correlation": float(torch.corrcoef(flat)[0, 1])}
+    correlation = float(torch.corrcoef(flat)[0, 1])
+    return {**shares, "correlation": correlation if math.isfinite(correlation) else None}
 
 
 def _ordered_pairs(judged: list[Judgement]):

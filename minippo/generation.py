@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minippo.batching import left_pad, pieces
-from minippo.models import position_ids
+from minippo.models import forward_pass
 
 
 def row_uniforms(seed: int, step: int, rows, length: int) -> Tensor:
@@ -52,10 +52,8 @@ def generate(
     alive = torch.arange(count, device=device)  # rows that are still being written
     mask, tokens, cache = query_mask.long(), query, None
     for t in range(max_response_tokens):
-        output = policy(
-            input_ids=tokens, attention_mask=mask, logits_to_keep=1, past_key_values=cache,
-            position_ids=position_ids(mask)[:, -tokens.shape[1] :], use_cache=True,
-        )  # fmt: skip
+        cached = {"use_cache": True, "past_key_values": cache}
+        output = forward_pass(policy, tokens, mask, logits_to_keep=1, **cached)
         cache = output.past_key_values
         sampled = sample_tokens(output.logits[:, -1], uniforms[alive, t], temperature)
         response[alive, t] = sampled
@@ -70,22 +68,22 @@ def generate(
 
 
 def generate_many(
-    policy, prompts: list[list[int]], tokenizer, max_response_tokens, seed, step=0, **options
-) -> list[list[int]]:
+    policy, prompts: list[list[int]], tokenizer, max_response_tokens, seed, step=0, *,
+    batch_size=256, temperature=1.0, on_batch=None,
+) -> list[list[int]]:  # fmt: skip
     """Answers to any number of tokenised prompts, in their order, as lists of token ids.
 
     Prompts of similar length share a batch. Which ones do changes nothing, since randomness is
     keyed by the prompt's place.
-    options: batch_size (256), temperature (1.0), on_batch (called with the number of prompts done)
+    on_batch: called with the number of prompts of each batch that is done
     """
-    size, on_batch = options.pop("batch_size", 256), options.pop("on_batch", None)
     device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
     limits = (max_response_tokens, eos_id, tokenizer.pad_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
-    for rows in pieces(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), size):
+    for rows in pieces(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), batch_size):
         padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
         query, mask = (x.to(device) for x in padded)
-        response = generate(policy, query, mask, *limits, seed, step, rows, **options)
+        response = generate(policy, query, mask, *limits, seed, step, rows, temperature)
         for row, ids in zip(rows, response.tolist(), strict=True):
             answers[row] = ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
         if on_batch:

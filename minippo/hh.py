@@ -190,7 +190,8 @@ def load_preferences(
         except BadPair as fault:
             located = BadPair(fault.reason, fault.found, f"{name}, row {number}")
             if on_error == "raise":
-                raise located from None
+                found = f"{fault.found}; mend the row, or pass on_error='skip' to leave it out"
+                raise BadPair(fault.reason, found, f"{name}, row {number}") from None
             messages[fault.reason].append(str(located))
             continue
         given = row.get("id")
@@ -201,7 +202,8 @@ def load_preferences(
     examples = {kind: found[:3] for kind, found in messages.items() if found}
     report = LoadReport(str(source), len(rows), refused, examples)
     if not rows:
-        raise ValueError(f"no usable preference pair is left in\n{report}")
+        message = "no usable preference pair is left; mend the rows (minippo.hh says how) in"
+        raise ValueError(f"{message}\n{report}")
     return _build_dataset(rows), report
 
 
@@ -288,5 +290,6 @@ def _pick_split(loaded: object, split: str | None, name: str) -> object:
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split not in splits:
-        raise ValueError(f"{name} has no {split=}; choose one of {list(splits)}")
+        message = f"{name} has no {split=}; choose one of {list(splits)}"
+        raise ValueError(f"{message} with split=..., on the command line --split")
     return splits[split]

@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from minippo.config import DATA_DIR
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -28,10 +30,32 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def forward_pass(model, tokens: Tensor, attention_mask: Tensor, **options):
-    """One pass over whole padded sequences, (B, T) each, with the positions of the contract."""
-    places = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
-    return model(input_ids=tokens, use_cache=False, **places, **options)
+def autocast(device: torch.device):
+    """bfloat16 autocast on CUDA, nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: formulas are not for bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def forward_pass(model, tokens: Tensor, attention_mask: Tensor, use_cache=False, **options):
+    """One pass over padded sequences with the positions of the contract; on CUDA in bfloat16.
+
+    tokens: (B, T), or with a KV cache only the last of them
+    attention_mask: (B, T)
+    """
+    places = position_ids(attention_mask)[:, -tokens.shape[1] :]
+    options |= {"attention_mask": attention_mask, "position_ids": places, "use_cache": use_cache}
+    with autocast(tokens.device):
+        return model(input_ids=tokens, **options)
+
+
+def token_logits(model, tokens: Tensor, attention_mask: Tensor, kept: int = 0) -> Tensor:
+    """Logits (B, T, V), or (B, kept, V) of the last positions: no others are computed."""
+    output = forward_pass(model, tokens, attention_mask, logits_to_keep=kept)
+    return at_least_float32(output.logits)
 
 
 def tiny_gpt2(
@@ -54,7 +78,7 @@ def tiny_gpt2(
 def resolve_checkpoint(path_or_name) -> str:
     """The folder of a shipped checkpoint (base, sft, reward, value, ppo), or what was given."""
     shipped = DATA_DIR / "checkpoints" / str(path_or_name)
-    return str(shipped) if shipped.is_dir() else str(path_or_name)
+    return str(shipped) if shipped.is_dir() else os.path.expanduser(path_or_name)
 
 
 def load_tokenizer(path_or_name):
@@ -64,10 +88,8 @@ def load_tokenizer(path_or_name):
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_existing(path_or_name))
-    except OSError as error:
-        raise ValueError(f"no tokenizer at {path_or_name!r}: {error}") from error
+    with _reading(path_or_name) as path:
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         message = f"the tokenizer of {path_or_name} has no EOS token"
         raise ValueError(f"{message}; answers could never end: set eos_token")
@@ -95,21 +117,26 @@ def checked_policy(model):
     return model.eval()
 
 
-def _existing(path_or_name) -> str:
+@contextmanager
+def _reading(path_or_name):
+    """Gives the path to read; what reading it raises becomes a ValueError that says what to do."""
     path = resolve_checkpoint(path_or_name)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not (Path(path) / "config.json").is_file() and looks_local:
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    is_local |= "/" in path and Path(path).parent.is_dir()  # a hub name's owner is no folder here
+    try:
+        if is_local and not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError("there is no config.json")
+        yield path
+    except Exception as error:  # a damaged file gives anything from KeyError to SafetensorError
         shipped = sorted(p.name for p in (DATA_DIR / "checkpoints").glob("*") if p.is_dir())
-        message = f"no checkpoint at {path_or_name!r}; shipped ones are {shipped}"
-        raise ValueError(f"{message}, else give a folder or hub name")
-    return path
+        message = f"no checkpoint at {path_or_name!r} can be read: {' '.join(str(error).split())}"
+        remedy = f"save it again, or give a folder, a hub name or a shipped one of {shipped}"
+        raise ValueError(f"{message}; {remedy}") from error
 
 
 def _loaded(kind, path_or_name, **options):
-    try:
-        model = kind.from_pretrained(_existing(path_or_name), dtype=torch.float32, **options)
-    except OSError as error:
-        raise ValueError(f"no checkpoint at {path_or_name!r}: {error}") from error
+    with _reading(path_or_name) as path:
+        model = kind.from_pretrained(path, dtype=torch.float32, **options)
     for parameter in model.parameters():  # out of the file's memory map, into aligned memory
         parameter.data = parameter.data.clone()
     return model
@@ -136,7 +163,7 @@ def response_logits(model, tokens: Tensor, attention_mask: Tensor, response_leng
     returns: (B, R, V)              logits[:, t] predicts response[:, t]
     """
     kept = response_length + 1  # from the token before the response on; the last predicts nothing
-    return forward_pass(model, tokens, attention_mask, logits_to_keep=kept).logits[:, -kept:-1]
+    return token_logits(model, tokens, attention_mask, kept)[:, -kept:-1]
 
 
 class _ScalarHead(nn.Module):
@@ -154,8 +181,12 @@ class _ScalarHead(nn.Module):
         return self.classifier.config
 
     @classmethod
-    def from_policy(cls, policy, seed: int = 0):
-        """The policy's backbone and a fresh head, N(0, 1/(H+1)) (Stiennon et al. 2020)."""
+    def from_policy(cls, policy, seed: int = 0, pad_id: int | None = None):
+        """The policy's backbone and a fresh head, N(0, 1/(H+1)) (Stiennon et al. 2020).
+
+        pad_id: the padding token to write down where the policy's config has none. transformers
+            finds the last token by it, so there it takes one that is not EOS to get our outputs.
+        """
         from transformers import AutoModelForSequenceClassification
 
         config = copy.deepcopy(policy.config)
@@ -167,11 +198,18 @@ class _ScalarHead(nn.Module):
         weight = torch.randn(classifier.score.weight.shape, generator=generator)
         with torch.no_grad():
             classifier.score.weight.copy_(weight / (weight.shape[1] + 1) ** 0.5)
+        if classifier.config.pad_token_id is None:
+            classifier.config.pad_token_id = pad_id
         return cls(classifier)
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) -> (B, T, H), the backbone's last hidden states."""
         return forward_pass(self.classifier.base_model, tokens, attention_mask).last_hidden_state
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (...), what the head makes of hidden states, not in half precision."""
+        head = self.classifier.score
+        return at_least_float32(head(hidden.to(head.weight.dtype)).squeeze(-1))
 
     def save(self, folder) -> None:
         """Writes what `AutoModelForSequenceClassification.from_pretrained` reads."""
@@ -204,8 +242,7 @@ class RewardModel(_ScalarHead):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         last = (attention_mask.long() * (positions + 1)).argmax(-1)  # also with left padding
         rows = torch.arange(tokens.shape[0], device=tokens.device)
-        hidden = self.hidden(tokens, attention_mask)[rows, last]
-        return self.classifier.score(hidden).squeeze(-1)
+        return self.read(self.hidden(tokens, attention_mask)[rows, last])
 
     def save(self, folder) -> None:
         """Weights for `transformers`, and the standardisation beside them."""
@@ -217,10 +254,11 @@ class RewardModel(_ScalarHead):
     def load(cls, path_or_name):
         """Reads what `save` wrote; ValueError if there is none."""
         model = super().load(path_or_name)
-        stats = Path(resolve_checkpoint(path_or_name)) / "reward_stats.json"
-        if stats.is_file():
-            saved = json.loads(stats.read_text(encoding="utf-8"))
-            model.mean, model.std = saved["mean"], saved["std"]
+        with _reading(path_or_name) as path:
+            stats = Path(path) / "reward_stats.json"
+            if stats.is_file():
+                saved = json.loads(stats.read_text(encoding="utf-8"))
+                model.mean, model.std = float(saved["mean"]), float(saved["std"])
         return model
 
 
@@ -236,10 +274,4 @@ class ValueModel(_ScalarHead):
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
         """tokens, attention_mask: (B, T) -> values (B, R); [:, t] is V(query, response[:t])."""
-        hidden = response_window(self.hidden(tokens, attention_mask), response_length)
-        return self.classifier.score(hidden).squeeze(-1)
-
-
-def autocast(device: torch.device):
-    """bfloat16 autocast on CUDA, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        return self.read(response_window(self.hidden(tokens, attention_mask), response_length))

@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minippo.batching import batch_plan, check_context
+
 
 class NonFiniteError(ValueError):
-    """A loss, reward or gradient became NaN or infinite."""
+    """A loss, reward, gradient or weight became NaN or infinite."""
 
 
 class Hooks:
@@ -65,41 +67,53 @@ def optimizer_step(optimizer, max_grad_norm: float) -> dict[str, Tensor]:
     return norms
 
 
-def finite_metrics(stage: str, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
+def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict[str, float]:
     """Metrics as floats, moved off the device once a step; NonFiniteError names what is not finite.
 
     Means over minibatches are enough to see it: one NaN makes the mean NaN.
+    optimizer: its weights must be finite as well; a step can break them where the loss is finite
     """
-    values = metrics.values()
-    device = next((v.device for v in values if isinstance(v, Tensor)), None)
-    flat = [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]
-    floats = dict(zip(metrics, torch.stack(flat).tolist(), strict=True))
+    checked = dict(metrics)
+    for group in optimizer.param_groups if optimizer else ():
+        norms = [parameter.detach().norm() for parameter in group["params"]]
+        checked[f"weights/{group['name']}"] = torch.stack(norms).norm()
+    device = next((v.device for v in checked.values() if isinstance(v, Tensor)), None)
+    flat = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in checked.values()]
+    floats = dict(zip(checked, torch.stack(flat).detach().tolist(), strict=True))
     broken = [name for name, value in floats.items() if not math.isfinite(value)]
     if broken:
-        raise NonFiniteError(
-            f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite; "
-            "the last checkpoint is from before. "
-            "Lower the learning rate, or look at the rewards with `minippo report`"
-        )
-    return floats
+        message = f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite"
+        remedy = "start the stage again with --overwrite and a lower --lr"
+        remedy += ", or look at the scores that score_fn returns" if stage == "ppo" else ""
+        raise NonFiniteError(f"{message}; {remedy}")
+    return {name: floats[name] for name in metrics}
 
 
-def training_loop(stage: str, models: dict, plan, gradients, config, hooks=None) -> list[dict]:
+def training_loop(
+    stage: str, models: dict, lengths: list[int], gradients, config, seed: int, hooks=None
+) -> list[dict]:
     """The loop that all trainings but PPO share; returns the metrics of each step.
 
-    models: {name: the model that is trained}
-    plan: the rows of each step's batch, as indices
+    models: {name: the model that is trained}; without dropout, gradients flow all the same
+    lengths: the tokens of each row
     gradients: (indices) -> metrics; leaves the gradients of that batch in the model
-    config: its lr, warmup_steps and max_grad_norm are used
-    Raises NonFiniteError when a metric is NaN or infinite.
+    config: its batch_size, steps or epochs, lr, warmup_steps and max_grad_norm are used
+    Raises ValueError if a row exceeds the model's context, and NonFiniteError when a metric or a
+    weight is NaN or infinite.
     """
-    hooks, history, total = hooks or Hooks(), [], len(plan)
+    per_epoch = max(1, len(lengths) // config.batch_size)
+    total = config.steps if hasattr(config, "steps") else config.epochs * per_epoch
+    plan = batch_plan(lengths, config.batch_size, total, seed)
+    for model in models.values():
+        check_context(model, max(lengths))
+        model.eval()
+    hooks, history = hooks or Hooks(), []
     optimizer = adamw(models, dict.fromkeys(models, config.lr))
     first = hooks.start(stage, total, {**models, "optimizer": optimizer})
     for step in range(first, total):
         set_learning_rate(optimizer, step, total, config.warmup_steps)
         metrics = gradients(plan[step])
         norms = optimizer_step(optimizer, config.max_grad_norm)
-        history.append(finite_metrics(stage, step, {**metrics, **norms}))
+        history.append(finite_metrics(stage, step, metrics | norms, optimizer))
         hooks.step(stage, step, history[-1])
     return history

@@ -3,13 +3,17 @@
 import gzip
 import json
 import random
+import shutil
 from itertools import combinations
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from minippo.files import disk_message, sync, write_file
 from minippo.hh import format_dialogue
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
+from minippo.run import final_checkpoint, save_model
 from minippo.tinyhh import world as w
 from minippo.tinyhh.annotator import judge, rank
 from minippo.tinyhh.rows import prompt_rows
@@ -18,6 +22,19 @@ PREFERENCE_PROMPTS = 4000  # with K = 4 answers each: 24,000 pairs
 TEST_PROMPTS = 2000  # one pair each
 CANDIDATES = 4
 STAGES = {"base": "pretrain", "sft": "sft", "reward": "reward", "value": "value", "ppo": "ppo"}
+LOADERS = {"reward": RewardModel.load, "value": ValueModel.load}  # the others are policies
+
+
+def write_data(out: Path, checkpoints: Path | None = None) -> None:
+    """The rows, and the models of a finished run if its folder is given.
+
+    Raises ValueError if the run lacks a stage, before anything is written, or if the disk is full.
+    """
+    if checkpoints is not None:
+        finished_models(checkpoints)
+    write_rows(out)
+    if checkpoints is not None:
+        write_checkpoints(checkpoints, out)
 
 
 def write_rows(out: Path) -> None:
@@ -60,20 +77,39 @@ def _different_answers(rng: random.Random, request: w.Request, count: int) -> li
 
 def _write(path: Path, rows) -> None:
     """The same rows give the same bytes: no time stamp in the archive."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+    write_file(path, gzip.compress(text.encode(), compresslevel=9, mtime=0))
+
+
+def finished_models(run_folder: Path) -> dict[str, Path]:
+    """Name of a checkpoint -> the run's model. ValueError names a stage that is not finished."""
+    return {name: final_checkpoint(run_folder, stage) for name, stage in STAGES.items()}
 
 
 def write_checkpoints(run_folder: Path, out: Path) -> None:
-    """Exports the models of a finished run to OUT/checkpoints, in half precision."""
-    missing = [stage for stage in STAGES.values() if not (run_folder / stage / "final").is_dir()]
-    if missing:
-        message = f"{run_folder} has no finished stage {missing[0]!r}"
-        raise ValueError(f"{message}; run `minippo {missing[0]}` there first")
-    for name, stage in tqdm(STAGES.items(), desc="checkpoints", unit="model"):
-        source, target = run_folder / stage / "final", out / "checkpoints" / name
-        load = {"reward": RewardModel.load, "value": ValueModel.load}.get(name, load_policy)
-        model = load(source).half()
-        (model.save if hasattr(model, "save") else model.save_pretrained)(target)
-        load_tokenizer(source).save_pretrained(target)
+    """Exports the models of a finished run to OUT/checkpoints, in half precision.
+
+    Those that are there already are replaced when all of the new ones are on the disk.
+    """
+    sources = finished_models(run_folder)
+    models = {name: LOADERS.get(name, load_policy)(path) for name, path in sources.items()}
+    folder, partial = out / "checkpoints", out / "checkpoints" / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, model in tqdm(models.items(), desc="checkpoints", unit="model"):
+            _export(model.half(), load_tokenizer(sources[name]), partial / name)
+        for name in models:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (partial / name).rename(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(disk_message(folder, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _export(model, tokenizer, folder: Path) -> None:
+    save_model(model, tokenizer, folder)
+    path = folder / "tokenizer.json"  # with line breaks it is nearly twice as large
+    text = json.dumps(json.loads(path.read_bytes()), ensure_ascii=False, separators=(",", ":"))
+    path.write_bytes(text.encode())
+    sync(folder)

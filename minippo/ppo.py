@@ -1,6 +1,7 @@
 """PPO: a rollout, then a few passes over it with the clipped losses."""
 
 import torch
+from torch import nn
 
 from minippo.batching import batch_plan, check_context
 from minippo.config import PPOConfig
@@ -8,7 +9,7 @@ from minippo.kl import KL_ESTIMATORS, adapt_kl_coef
 from minippo.logprobs import gather_logprobs
 from minippo.losses import policy_loss, ppo_objective, value_loss
 from minippo.masking import masked_mean
-from minippo.models import autocast, response_logits
+from minippo.models import response_logits
 from minippo.optim import Hooks, adamw, finite_metrics, optimizer_step, set_learning_rate
 from minippo.rollout import collect_rollout, rollout_metrics
 
@@ -16,9 +17,8 @@ from minippo.rollout import collect_rollout, rollout_metrics
 def ppo_loss(policy, ref_policy, value_model, batch, config: PPOConfig):
     """L_policy + c1 L_value + c2 L_KL on rows of a rollout; returns the loss and its statistics."""
     response, mask, places = batch.response, batch.mask, (batch.tokens, batch.attention_mask)
-    with autocast(response.device):
-        logits = response_logits(policy, *places, response.shape[1]).float()
-        values = value_model(*places, response.shape[1]).float()
+    logits = response_logits(policy, *places, response.shape[1])
+    values = value_model(*places, response.shape[1])
     logprobs, clip = gather_logprobs(logits, response, config.temperature), config.clip_range
     pg_loss, pg_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, clip)
     clip = config.value_clip_range
@@ -54,10 +54,10 @@ def train_ppo(
 
     score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); a model or a rule
     score_stats: mean and std of its scores on reference samples
-    Raises ValueError if the context is too short or score_fn does not return (B,), and
-    NonFiniteError when a metric is NaN or infinite.
+    Raises ValueError if a context is too short, ref_policy is the policy itself or score_fn does
+    not return (B,), and NonFiniteError when a metric or a weight is NaN or infinite.
     """
-    check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
+    _prepare(policy, ref_policy, value_model, score_fn, prompts, config)
     hooks, history = hooks or Hooks(), []
     models = {"policy": policy, "value": value_model}
     optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
@@ -79,10 +79,21 @@ def train_ppo(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         stats = ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator)
         acted["objective/kl_coef"] = progress["kl_coef"]
-        history.append(acted | finite_metrics("ppo", step, stats))
+        history.append(acted | finite_metrics("ppo", step, stats, optimizer))
         progress["stopped"] = update_progress(progress, history[-1], step, config)
         hooks.step("ppo", step, history[-1])
     return history
+
+
+def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConfig) -> None:
+    """Refuses what cannot work before anything is done; turns dropout off in all four models."""
+    if ref_policy is policy:
+        raise ValueError("ref_policy is the policy itself: KL stays 0; pass frozen_copy(policy)")
+    longest = max(map(len, prompts), default=0)
+    for model in (policy, ref_policy, value_model, score_fn):
+        check_context(model, longest, config.max_response_tokens)
+        if isinstance(model, nn.Module):  # a rule is none
+            model.eval()
 
 
 def kl_penalty_loss(logits, logprobs, ref_policy, batch, config: PPOConfig):
@@ -90,8 +101,8 @@ def kl_penalty_loss(logits, logprobs, ref_policy, batch, config: PPOConfig):
     pair = tuple(x.masked_fill(~batch.mask, 0) for x in (logprobs, batch.ref_logprobs))
     if config.kl_loss_estimator == "full":
         places, length = (batch.tokens, batch.attention_mask), batch.response.shape[1]
-        with torch.no_grad(), autocast(logits.device):
-            ref_logits = response_logits(ref_policy, *places, length).float()
+        with torch.no_grad():
+            ref_logits = response_logits(ref_policy, *places, length)
         pair = tuple(torch.log_softmax(x / config.temperature, -1) for x in (logits, ref_logits))
     return masked_mean(KL_ESTIMATORS[config.kl_loss_estimator](*pair), batch.mask)
 

@@ -7,7 +7,7 @@ best first, with their "scores" where known. A *pair* is a row of `load_preferen
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 
@@ -58,15 +58,16 @@ def group_by_prompt(pairs: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def ranked_batches(rows: Sequence[dict], batch_size: int) -> Iterator[list[dict]]:
-    """Lists of at most `batch_size` candidates rows with the same K, so that scores form (B, K)."""
-    sizes = defaultdict(list)
-    for row in rows:
-        sizes[len(row["candidates"])].append(row)
-    if batch_size < 1 or any(size < 2 for size in sizes):
-        raise ValueError(f"{batch_size=} must be at least 1, and every row needs 2 candidates")
-    for same in sizes.values():
-        yield from (same[i : i + batch_size] for i in range(0, len(same), batch_size))
+def ranked_batches(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Places of at most `batch_size` rankings of the same K, so that their scores form (B, K).
+
+    sizes: K of each ranking
+    """
+    places = defaultdict(list)
+    for place, size in enumerate(sizes):
+        places[size].append(place)
+    starts = [(same, i) for same in places.values() for i in range(0, len(same), batch_size)]
+    return [same[i : i + batch_size] for same, i in starts]
 
 
 def _sides(pair: dict) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from minippo.batching import batch_plan, pieces, right_pad
+from minippo.batching import beginning, pieces, right_pad
 from minippo.config import PretrainConfig
 from minippo.losses import lm_loss
-from minippo.models import forward_pass
+from minippo.models import token_logits
 from minippo.optim import training_loop
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
@@ -37,11 +37,7 @@ def train_lm(
     sequences: token ids of one text each, EOS at the end
     Raises ValueError if a text is longer than the model's context.
     """
-    longest, context = max(map(len, sequences)), model.config.max_position_embeddings
-    if longest > context:
-        message = f"a text of {longest} tokens does not fit the context of {context}"
-        raise ValueError(f"{message}; cut or drop it first")
-    device = next(model.parameters()).device
+    device, lengths = next(model.parameters()).device, [len(s) for s in sequences]
 
     def gradients(indices):
         tokens, mask = right_pad([sequences[i] for i in indices], pad_id)
@@ -49,22 +45,24 @@ def train_lm(
         loss.backward()
         return {"loss/lm": loss}
 
-    plan = batch_plan([len(s) for s in sequences], config.batch_size, config.steps, seed)
-    history = training_loop("pretrain", {"policy": model}, plan, gradients, config, hooks)
+    history = training_loop("pretrain", {"policy": model}, lengths, gradients, config, seed, hooks)
     return history[-1] if history else {}
 
 
 def text_loss(model, tokens: Tensor, mask: Tensor) -> Tensor:
     """lm_loss over every real token of (B, T) right-padded texts. Returns ()."""
-    return lm_loss(forward_pass(model, tokens, mask).logits, tokens, mask)
+    return lm_loss(token_logits(model, tokens, mask), tokens, mask)
 
 
 def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
     """Token ids of each text with EOS, and how many texts were dropped as longer than the context.
 
+    A special token that a text spells is text there, as in batching.py.
     Raises ValueError if none is left.
     """
-    sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+    plain, first = {"add_special_tokens": False, "split_special_tokens": True}, beginning(tokenizer)
+    encoded = tokenizer(list(texts), **plain)["input_ids"]
+    sequences = [[*first, *ids, tokenizer.eos_token_id] for ids in encoded]
     kept = [sequence for sequence in sequences if len(sequence) <= context]
     if not kept:
         raise ValueError(f"no text fits into the context of {context} tokens; raise n_positions")

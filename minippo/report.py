@@ -6,11 +6,11 @@ Only config.json must be there; whatever else is missing, or cannot be read, is 
 
 import json
 import math
-import os
 from html import escape
 from pathlib import Path
 
 from minippo.config import EvalConfig
+from minippo.files import write_file
 from minippo.plots import figure_to_png_base64, learning_curves, score_histogram, stage_curves
 from minippo.xray import TokenTable
 
@@ -38,11 +38,18 @@ HEADINGS = {
     "accuracy": "accuracy on held-out pairs",
     "low": "95% interval, lower end",
     "high": "95% interval, upper end",
-    "noiseless": "agreement with the noiseless annotator",
+    "correlation": "correlation of its scores with the annotator's",
     "explained_variance": "explained variance on held-out prompts",
 }
+# Of what is measured about the reward model, the rest is its agreement by kinds of pairs.
+NO_AGREEMENT = ("held_out_pairs", "accuracy", "low", "high", "correlation")
+PAIRS = {
+    "noiseless": "all that differ in their score",
+    "seen topics": "on topics of its training",
+    "unseen topics": "on topics it was not trained on",
+}
 SHARES = {"on_topic", "rude", "complying", "over_refusing", "ended", "distinct"}
-SHARES |= {"unreadable", "rambling"}
+SHARES |= {"unreadable", "rambling", "accuracy", "low", "high"}
 PER_TOKEN = (
     "One answer, taken apart. Purple stands above the neutral number of its column, orange below. "
     "A value is the critic's guess before the token of its row was written; the score comes in at "
@@ -159,7 +166,7 @@ details > summary { cursor: pointer; color: var(--mark); margin: 8px 0; }
 def write_report(run_dir) -> Path:
     """Writes report.html into a run's folder from what is there; returns its path.
 
-    Raises ValueError if there is no such folder or no config.json in it.
+    Raises ValueError if there is no such folder, no config.json in it, or no room for the page.
     """
     folder = Path(run_dir)
     config = _read_config(folder)
@@ -173,10 +180,8 @@ def write_report(run_dir) -> Path:
         "Per token": _tokens(files["xray.json"] or []),
         "How to read the curves": _reading(),
     }
-    page = _page(name, sections, problems)
-    path, half = folder / "report.html", folder / ".report.html.part"
-    half.write_text(page, encoding="utf-8")
-    os.replace(half, path)  # never half a report
+    path = folder / "report.html"
+    write_file(path, _page(name, sections, problems).encode())
     return path
 
 
@@ -274,12 +279,30 @@ def _final(evaluation: dict | None) -> str:
         return _nothing("The run has not been evaluated.")
     parts = [_final_table(evaluation.get("table") or [])]
     parts += [f'<p class="soft small">{escape(str(n))}</p>' for n in evaluation.get("notes") or []]
-    for key, title in (("reward_model", "Reward model"), ("critic", "Critic")):
-        numbers = evaluation.get(key) or {}
-        rows = [[escape(heading(k)), escape(written(k, v))] for k, v in numbers.items()]
-        if rows:
-            parts.append(f"<h3>{title}</h3>{_table(['measured', 'value'], rows, numbers_from=1)}")
-    return "".join(parts)
+    quality = evaluation.get("reward_model") or {}
+    shares = {k: v for k, v in quality.items() if k not in NO_AGREEMENT and isinstance(v, float)}
+    others = {k: v for k, v in quality.items() if k not in shares}
+    for title, numbers in (("Reward model", others), ("Critic", evaluation.get("critic"))):
+        parts += [_measured(title, numbers)] if numbers else []
+    return "".join(parts) + _agreement(shares)
+
+
+def _measured(title: str, numbers: dict) -> str:
+    rows = [[escape(heading(k)), escape(written(k, v))] for k, v in numbers.items()]
+    return f"<h3>{title}</h3>{_table(['measured', 'value'], rows, numbers_from=1)}"
+
+
+def _agreement(shares: dict[str, float]) -> str:
+    """The reward model against the annotator, by kinds of pairs: where PPO may exploit it."""
+    kinds = [k for k in PAIRS if k in shares] + [k for k in shares if k not in PAIRS]
+    names = {k: PAIRS.get(k, f"where the better is more {heading(k)}") for k in kinds}
+    rows = [[escape(names[k]), f"{shares[k]:.1%}", _bar(shares[k])] for k in kinds]
+    title = "<h3>How often the reward model orders two answers as the noiseless annotator does</h3>"
+    return title + _table(["pairs", "in order", "0 to 100%"], rows, numbers_from=1) if rows else ""
+
+
+def _bar(share: float) -> str:
+    return f'<meter min="0" max="1" value="{share:.4f}">{share:.1%}</meter>'
 
 
 def _final_table(table: list[dict]) -> str:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from minippo.batching import Encoded, check_context, epoch_batches, pieces
+from minippo.batching import Encoded
 from minippo.config import RewardConfig
 from minippo.losses import preference_loss, ranking_loss
-from minippo.models import RewardModel, autocast
+from minippo.models import RewardModel
 from minippo.optim import training_loop
+from minippo.preferences import ranked_batches
 from minippo.sft import join
 
 
@@ -17,8 +18,7 @@ def score_responses(reward_model, rows: list[Encoded], pad_id: int) -> Tensor:
     prompts = [row.prompt for row in rows for _ in row.responses]
     responses = [response for row in rows for response in row.responses]
     tokens, attention_mask, _ = join(prompts, responses, pad_id, device)
-    with autocast(tokens.device):
-        scores = reward_model(tokens, attention_mask).float()
+    scores = reward_model(tokens, attention_mask)
     if len({len(r.responses) for r in rows}) > 1:
         raise ValueError("rows of different K share a batch; batch rows of equal K together")
     return scores.view(len(rows), -1)
@@ -40,16 +40,18 @@ def train_reward_model(
     reward_model: RewardModel, rows: list[Encoded], config: RewardConfig, pad_id: int,
     margins: list[float] | None = None, seed: int = 0, hooks=None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Trains in place on rows whose responses are ordered best first.
+    """Trains in place on rows whose responses are ordered best first; K may differ.
 
     margins: the score gap of each row's two responses, for the loss with a margin
     returns: the metrics of each step
+    Raises ValueError if a row is longer than the model's context.
     """
-    check_context(reward_model, config.max_prompt_tokens, config.max_response_tokens)
 
     def gradients(indices):
         sums = {"loss/reward": 0.0, "reward/accuracy": 0.0}
-        for piece in pieces(indices, config.micro_batch_size):
+        sizes = [len(rows[i].responses) for i in indices]
+        for places in ranked_batches(sizes, config.micro_batch_size):
+            piece = [indices[place] for place in places]
             scores = score_responses(reward_model, [rows[i] for i in piece], pad_id)
             gaps = scores.new_tensor([margins[i] for i in piece]) if margins else None
             share = len(piece) / len(indices)
@@ -59,9 +61,8 @@ def train_reward_model(
             sums["reward/accuracy"] += pair_accuracy(scores.detach()) * share
         return sums
 
-    lengths, epochs = [row.length for row in rows], range(config.epochs)
-    plan = [b for e in epochs for b in epoch_batches(lengths, config.batch_size, seed, e)]
-    return training_loop("reward", {"reward": reward_model}, plan, gradients, config, hooks)
+    models, lengths = {"reward": reward_model}, [row.length for row in rows]
+    return training_loop("reward", models, lengths, gradients, config, seed, hooks)
 
 
 def pair_accuracy(scores: Tensor) -> Tensor:
@@ -73,14 +74,18 @@ def pair_accuracy(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_all(
-    reward_model, rows: list[Encoded], pad_id: int, batch_size: int = 64, on_batch=None
+    reward_model, rows: list[Encoded], pad_id: int, batch_size: int = 128, on_batch=None
 ) -> list[list[float]]:
     """Scores of every response of every row; rows of similar length share a batch.
 
+    batch_size: responses in the model at once
     on_batch: called with the number of rows done
     """
     scores: list[list[float]] = [[] for _ in rows]
-    for piece in pieces(sorted(range(len(rows)), key=lambda i: rows[i].length), batch_size):
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    sizes = [len(rows[i].responses) for i in order]
+    for places in ranked_batches(sizes, max(1, batch_size // max(sizes, default=1))):
+        piece = [order[place] for place in places]
         batch = score_responses(reward_model, [rows[i] for i in piece], pad_id)
         for row, values in zip(piece, batch.tolist(), strict=True):
             scores[row] = values
@@ -90,6 +95,13 @@ def score_all(
 
 
 def standardise_on(reward_model: RewardModel, scores: list[list[float]]) -> None:
-    """Remembers mean and std of the scores of reference samples: Bradley-Terry leaves both open."""
+    """Remembers mean and std of the scores of reference samples: Bradley-Terry leaves both open.
+
+    Raises ValueError if the scores do not differ, or are not finite: nothing could be divided by.
+    """
     flat = torch.tensor([value for row in scores for value in row])
+    low, high = float(flat.min()), float(flat.max())
+    if not 0 < high - low < float("inf"):
+        message = f"{len(flat)} reference scores from {low} to {high} give no standard deviation"
+        raise ValueError(f"{message}; take more samples, or a reward model that tells them apart")
     reward_model.mean, reward_model.std = float(flat.mean()), float(flat.std())

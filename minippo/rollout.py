@@ -13,7 +13,7 @@ from minippo.generation import generate
 from minippo.kl import KL_ESTIMATORS
 from minippo.logprobs import entropy_from_logits, gather_logprobs
 from minippo.masking import masked_mean, masked_var, masked_whiten, response_mask
-from minippo.models import autocast, response_logits
+from minippo.models import response_logits
 from minippo.rewards import penalize_missing_eos, per_token_rewards, standardize_scores
 
 
@@ -67,7 +67,8 @@ def collect_rollout(
 ) -> Rollout:  # fmt: skip
     """Samples one answer to each prompt and computes everything PPO needs of it.
 
-    score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,)
+    score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); it sees
+        config.micro_batch_size answers at once
     kl_coef: the coefficient in force (config.kl_coef if None)
     score_stats: mean and std of scores on reference samples
     rows: global numbers of the prompts, which key the sampling
@@ -78,18 +79,20 @@ def collect_rollout(
     tokens, attention_mask, response, mask = samples
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
     view = partial(_model_views, policy, ref_policy, value_model, config)
-    views = map(view, *(tensor.split(config.micro_batch_size) for tensor in samples))
+    parts = [tensor.split(config.micro_batch_size) for tensor in samples]
+    views = map(view, *parts)
     logprobs, ref_logprobs, values, kl, entropy = map(torch.cat, zip(*views, strict=True))
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
     query_length, eos_id = tokens.shape[1] - response.shape[1], tokenizer.eos_token_id
-    raw_scores = _checked_scores(score_fn(tokens, attention_mask, query_length), len(prompts))
+    score = partial(_checked_scores, score_fn, query_length)
+    raw_scores = torch.cat(list(map(score, *parts[:2])))
     scores = standardize_scores(raw_scores, *score_stats)
     scores = penalize_missing_eos(scores, mask, response, eos_id, config.missing_eos_penalty)
     # 4. Rewards per token: the KL penalty at each, the score at the last that counts.
     rewards = per_token_rewards(scores, kl, mask, config.kl_coef if kl_coef is None else kl_coef)
     # 5. Advantages and returns; whitening comes after the returns.
     advantages, returns = estimate_advantages(rewards, values, mask, config)
-    if config.whiten_advantages:
+    if config.whiten_advantages and mask.sum() > 1:  # a single token has no variance
         advantages = masked_whiten(advantages, mask)
     return Rollout(
         *samples, logprobs, ref_logprobs, values, kl, entropy,
@@ -110,10 +113,9 @@ def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int,
 def _model_views(policy, ref_policy, value_model, config, tokens, attention_mask, response, mask):
     """logprobs, ref_logprobs, values, kl, entropy; each (B, R), 0 where masked."""
     length, heat = response.shape[1], config.temperature
-    with autocast(tokens.device):
-        logits = response_logits(policy, tokens, attention_mask, length).float()
-        ref_logits = response_logits(ref_policy, tokens, attention_mask, length).float()
-        values = value_model(tokens, attention_mask, length).float()
+    logits = response_logits(policy, tokens, attention_mask, length)
+    ref_logits = response_logits(ref_policy, tokens, attention_mask, length)
+    values = value_model(tokens, attention_mask, length)
     logprobs = gather_logprobs(logits, response, heat)
     ref_logprobs = gather_logprobs(ref_logits, response, heat)
     pair = (logprobs, ref_logprobs)
@@ -124,12 +126,13 @@ def _model_views(policy, ref_policy, value_model, config, tokens, attention_mask
     return tuple(view.masked_fill(~mask, 0) for view in views)
 
 
-def _checked_scores(scores: Tensor, count: int) -> Tensor:
+def _checked_scores(score_fn, query_length: int, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    scores, count = score_fn(tokens, attention_mask, query_length), len(tokens)
     got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
     if got != (count,):
         message = f"score_fn must return one score per answer, a tensor of shape ({count},)"
         raise ValueError(f"{message}; got {got}")
-    return scores.float()
+    return scores.to(tokens.device, torch.float32)  # a rule may have worked on the CPU
 
 
 def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tensor, Tensor]:
@@ -150,7 +153,9 @@ def rollout_metrics(rollout: Rollout, eos_id: int) -> dict[str, Tensor]:
     """What a rollout says about the policy; device scalars under the log keys of the course."""
     mask, lengths = rollout.mask, rollout.mask.sum(1)
     kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(~mask, 0)  # k1, whatever is charged
-    error = masked_var(rollout.returns - rollout.values, mask)
+    # Their ratio is that of the unbiased variances, and is defined for a single token: 1.
+    error = masked_var(rollout.returns - rollout.values, mask, unbiased=False)
+    spread = masked_var(rollout.returns, mask, unbiased=False)
     ended = (rollout.response == eos_id).masked_fill(~mask, False).any(1)
     return {
         "objective/scores": rollout.scores.mean(),
@@ -161,5 +166,5 @@ def rollout_metrics(rollout: Rollout, eos_id: int) -> dict[str, Tensor]:
         "objective/entropy": masked_mean(rollout.entropy, mask),
         "objective/response_tokens": lengths.float().mean(),
         "objective/eos_rate": ended.float().mean(),
-        "value/explained_variance": 1 - error / masked_var(rollout.returns, mask).clamp(min=1e-8),
+        "value/explained_variance": 1 - error / spread.clamp(min=1e-8),
     }

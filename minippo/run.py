@@ -6,11 +6,10 @@ latest, and what the evaluation writes.
 """
 
 import json
-import os
+import math
 import shutil
 import signal
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from minippo.config import RunConfig
-from minippo.optim import Hooks
+from minippo.files import disk_message, sync, write_file
+from minippo.optim import Hooks, NonFiniteError
 
 POINTER = "latest"
 ORDER = ("pretrain", "sft", "reward", "value", "ppo", "eval")  # each builds on those before it
 RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html")  # they depend on all
-INPUTS = ("seed", "data", "base", "limit")  # of RunConfig: what a stage's numbers depend on
+INPUTS = ("seed", "data", "split", "limit", "base")  # of RunConfig: what the numbers depend on
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,7 +69,7 @@ class Run(Hooks):
     def _check_unchanged(self, name: str, known: dict) -> None:
         begun = known.get("run", {}).get("begun", {}).get(name, {})
         before, now = {**known[name], **begun}, {**asdict(self.stages[name]), **self._inputs()}
-        now = json.loads(_dumps(now))
+        now = json.loads(_dumps("config.json", now))
         changed = [key for key in before if before[key] != now.get(key)]
         if changed:
             raise ValueError(
@@ -82,7 +82,11 @@ class Run(Hooks):
 
     def _known(self) -> dict:
         path = self.folder / "config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            message = f"{path} does not hold the settings of a run ({error}); put it right"
+            raise ValueError(f"{message}, or choose another --name") from error
 
     def _begin(self) -> None:
         """The first write of a run: what was refused before it has left no trace."""
@@ -94,7 +98,7 @@ class Run(Hooks):
         run = known.get("run", run)
         run["begun"] = {**run.get("begun", {}), **{name: self._inputs() for name in self.stages}}
         settings = {name: asdict(config) for name, config in self.stages.items()}
-        self._write(self.folder / "config.json", _dumps({**known, "run": run, **settings}))
+        self._write("config.json", _dumps("config.json", {**known, "run": run, **settings}))
         self.begun = True
 
     def _discard(self) -> None:
@@ -105,13 +109,6 @@ class Run(Hooks):
         for name in (*RESULTS, *(f"{stage}.json" for stage in gone)) if gone else ():
             (self.folder / name).unlink(missing_ok=True)
         self._keep_metrics(lambda stage, step: stage not in gone)
-
-    @staticmethod
-    def find(config: RunConfig, stage: str) -> str:
-        """The checkpoint of a stage in a run's folder, else the name of the shipped one."""
-        folder = Path(config.out) / config.name / stage
-        pointer = folder / POINTER
-        return str(folder / pointer.read_text().strip()) if pointer.is_file() else stage
 
     def add_stage(self, name: str, config) -> None:
         """A further stage that this run goes through."""
@@ -152,18 +149,29 @@ class Run(Hooks):
             raise Interrupted(f"saved after step {step} of {stage}; go on with --resume")
 
     def finish(self, stage: str) -> None:
-        """Closes a stage: a last checkpoint, without the optimizer, marked as finished."""
+        """Closes a stage: a last checkpoint, without the optimizer, marked as finished.
+
+        Raises Interrupted if Ctrl-C was pressed since the last step: no other step would see it.
+        """
         self.save(stage, self.bar.n, finished=True)
         self._close()
+        if self.stopping:
+            done = all(self.finished(name) for name in self.stages)
+            then = "nothing is left to do" if done else "go on with --resume"
+            raise Interrupted(f"{stage} is finished and saved; {then}")
 
     def _close(self) -> None:
         self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self.handler)
 
     # checkpoints
 
     def save(self, stage: str, step: int, finished: bool = False) -> Path:
-        """Writes a checkpoint atomically: a new folder, fsync, then the pointer is replaced."""
+        """Writes a checkpoint atomically: a new folder, fsync, then the pointer is replaced.
+
+        Raises NonFiniteError if a weight is NaN or infinite, ValueError if the disk is full.
+        """
+        self._check_finite(stage)
         name = "final" if finished else f"step-{step:06d}"
         folder, target = self.folder / stage / f".{name}.partial", self.folder / stage / name
         try:
@@ -174,30 +182,34 @@ class Run(Hooks):
                 save_file(_tensors(self.state), folder / "training.safetensors")
             progress = self.state.get("progress", {})
             marks = {"step": step, "finished": finished, "progress": progress}
-            (folder / "state.json").write_text(_dumps(marks), encoding="utf-8")
-            _sync(folder)
+            (folder / "state.json").write_bytes(_dumps("state.json", marks))
+            sync(folder)
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise ValueError(_disk_message(target, error)) from error
-        self._write(self.folder / stage / POINTER, name)
+            raise ValueError(disk_message(target, error)) from error
+        self._write(f"{stage}/{POINTER}", name.encode())
         for old in (self.folder / stage).glob("step-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 
+    def _check_finite(self, stage: str) -> None:
+        """Trainings look at their weights after each step; this is where none can pass by."""
+        for name, model in self._models().items():
+            if not all(p.isfinite().all() for p in model.parameters()):
+                message = f"{stage}: weights of the {name} model are NaN or infinite, so they were "
+                message += "not saved; lower the learning rate and start the stage again"
+                raise NonFiniteError(f"{message} with --overwrite")
+
+    def _models(self) -> dict[str, nn.Module]:
+        return {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
+
     def _write_models(self, folder: Path) -> None:
-        models = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
-        for position, (name, model) in enumerate(models.items()):
+        for position, (name, model) in enumerate(self._models().items()):
             place = folder if position == 0 else folder / name  # the stage's own model comes first
-            (model.save if hasattr(model, "save") else model.save_pretrained)(place)
-        if self.tokenizer is None:
-            return
-        try:
-            self.tokenizer.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library has no other class for a full disk
-            raise OSError(str(error)) from error
+            save_model(model, None if position else self.tokenizer, place)
 
     def _restore(self, folder: Path) -> int:
         marks = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -218,6 +230,19 @@ class Run(Hooks):
             return None
         return self.folder / stage / pointer.read_text().strip()
 
+    def begun_before(self, stage: str) -> bool:
+        """Whether this run has such a stage, finished or not."""
+        return stage not in self.discarded and stage in self._known()
+
+    def settings(self, stage: str, kind):
+        """The settings of a stage of this run, an instance of `kind`; the defaults if it has none.
+
+        Of a stage that an earlier command went through they are read from config.json.
+        """
+        if stage in self.stages:
+            return self.stages[stage]
+        return kind(**self._known().get(stage, {}))
+
     def finished(self, stage: str) -> bool:
         """Whether a stage of this run has ended."""
         latest = self.latest(stage)
@@ -237,65 +262,80 @@ class Run(Hooks):
         rows = [(line, json.loads(line)) for line in whole]
         left = [line for line, row in rows if kept(row["stage"], row["step"])]
         if left != lines:
-            self._write(path, b"".join(left).decode())
+            self._write("metrics.jsonl", b"".join(left))
 
     def _append(self, name: str, row: dict) -> None:
-        path = self.folder / name
+        path, line = self.folder / name, _dumps(name, row, indent=None)
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(_dumps(row, indent=None) + "\n")
+            with path.open("ab") as file:
+                file.write(line)
         except OSError as error:
-            raise ValueError(_disk_message(path, error)) from error
+            raise ValueError(disk_message(path, error)) from error
 
-    def _write(self, path: Path, text: str) -> None:
-        """Writes a small file atomically."""
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            _sync(partial)
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise ValueError(_disk_message(path, error)) from error
+    def _write(self, name: str, data: bytes) -> None:
+        write_file(self.folder / name, data)
 
     def write_json(self, name: str, value) -> None:
-        """A JSON file of the run folder."""
+        """A JSON file of the run folder. Raises NonFiniteError if a number in it is none."""
+        text = _dumps(name, value)
         self._begin()
-        self._write(self.folder / name, _dumps(value))
+        self._write(name, text)
 
     def write_rows(self, name: str, rows) -> None:
-        """A JSON-lines file of the run folder."""
+        """A JSON-lines file of the run folder. Raises NonFiniteError if a number in it is none."""
+        lines = [_dumps(name, row, indent=None) for row in rows]
         self._begin()
-        self._write(self.folder / name, "".join(_dumps(row, indent=None) + "\n" for row in rows))
+        self._write(name, b"".join(lines))
 
     def _catch_ctrl_c(self) -> None:
         def stop(signum, frame):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+            tqdm.write("stopping as soon as all is saved; press Ctrl-C again to stop at once")
 
-        signal.signal(signal.SIGINT, stop)
-
-
-def _dumps(value, indent: int | None = 1) -> str:
-    return json.dumps(value, indent=indent, default=str, ensure_ascii=False)
+        before = signal.signal(signal.SIGINT, stop)  # None: of no Python function
+        self.handler = signal.default_int_handler if before is None else before
 
 
-def _disk_message(path, error) -> str:
-    return f"cannot write {path} ({error}); free some space there or choose another --out"
+def final_checkpoint(folder: Path, stage: str) -> Path:
+    """The model that a finished stage left in a run's folder; ValueError if there is none."""
+    final = folder / stage / "final"
+    if final.is_dir():
+        return final
+    remedy = f"run `minippo {stage} --name {folder.name}` first, with --resume if it was stopped"
+    raise ValueError(f"{folder} has no finished stage {stage!r}; {remedy}")
 
 
-def _sync(path: Path) -> None:
-    """Asks the disk to keep a file, or every file of a folder and the folder itself."""
-    for item in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        handle = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """What `transformers` loads again. Raises OSError or SafetensorError if the disk is full."""
+    (model.save if hasattr(model, "save") else model.save_pretrained)(folder)
+    if tokenizer is None:
+        return
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no other class for a full disk
+        raise OSError(str(error)) from error
+
+
+def _dumps(name: str, value, indent: int | None = 1) -> bytes:
+    """JSON, ended by a line break if it is one line. NonFiniteError names what is no number."""
+    try:
+        text = json.dumps(value, indent=indent, default=str, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        broken = ", ".join(_not_finite(value))
+        raise NonFiniteError(f"{name} was not written: {broken} is NaN or infinite") from error
+    return (text + ("\n" if indent is None else "")).encode()
+
+
+def _not_finite(value, place: str = ""):
+    """Where NaN or infinity stands: table.0.reward"""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, (list, tuple)) else items
+    for key, inner in items:
+        yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
 
 
 def _tensors(state: dict) -> dict[str, torch.Tensor]:

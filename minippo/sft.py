@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from minippo.batching import Encoded, batch_plan, check_context, left_pad, pieces, right_pad
+from minippo.batching import Encoded, left_pad, pieces, right_pad
 from minippo.config import SFTConfig
 from minippo.losses import lm_loss
-from minippo.models import autocast, forward_pass
+from minippo.models import token_logits
 from minippo.optim import training_loop
 
 
@@ -29,21 +29,22 @@ def sft_loss(policy, tokens, attention_mask, mask):
     returns: ()
     """
     kept = mask.shape[1] + 1  # the response and the token before it, which predicts its first token
-    with autocast(tokens.device):
-        logits = forward_pass(policy, tokens, attention_mask, logits_to_keep=kept).logits.float()
+    logits = token_logits(policy, tokens, attention_mask, kept)
     return lm_loss(logits, tokens[:, -kept:], F.pad(mask, (1, 0), value=False))
 
 
 def train_sft(policy, rows: list[Encoded], config: SFTConfig, pad_id: int, seed=0, hooks=None):
-    """Trains the policy in place on (prompt, answer) rows; returns the metrics of each step."""
-    check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
+    """Trains the policy in place on (prompt, answer) rows; returns the metrics of each step.
+
+    Raises ValueError if a row is longer than the model's context.
+    """
 
     def gradients(indices):
         batch = [rows[i] for i in indices]
         return {"loss/lm": accumulate_sft(policy, batch, config.micro_batch_size, pad_id)}
 
-    plan = batch_plan([row.length for row in rows], config.batch_size, config.steps, seed)
-    return training_loop("sft", {"policy": policy}, plan, gradients, config, hooks)
+    lengths = [row.length for row in rows]
+    return training_loop("sft", {"policy": policy}, lengths, gradients, config, seed, hooks)
 
 
 def accumulate_sft(policy, batch: list[Encoded], micro_batch_size: int, pad_id: int):

@@ -14,12 +14,13 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from minippo.batching import Encoded, check_context, decode_response, encode_prompt, encode_rows
+from minippo.batching import Encoded, check_context, decode_response, encode_rows
 from minippo.config import (
     EvalConfig,
     PPOConfig,
     PretrainConfig,
     RewardConfig,
+    RunConfig,
     SFTConfig,
     ValueConfig,
 )
@@ -30,6 +31,7 @@ from minippo.evaluation import (
     best_of_n_kl,
     judge_all,
     kl_per_sequence,
+    ranking_accuracy,
     reward_agreement,
     sample_answers,
     standardised,
@@ -52,7 +54,7 @@ from minippo.ppo import ppo_update, train_ppo
 from minippo.pretrain import encode_texts, perplexity, train_lm, train_tokenizer
 from minippo.report import write_report
 from minippo.reward_model import score_all, standardise_on, train_reward_model
-from minippo.rewards import prompt_values
+from minippo.rewards import prompt_values, standardize_scores
 from minippo.rollout import collect_rollout
 from minippo.run import Run
 from minippo.sft import train_sft
@@ -83,18 +85,32 @@ def start_of(run: Run, stage: str) -> str:
     """The checkpoint of an earlier stage: this run's, else for TinyHH the shipped one."""
     if run.finished(stage):
         return str(run.latest(stage))
-    if run.config.data != "tiny_hh":
-        raise ValueError(
-            f"{run.folder} has no finished stage {stage!r}; "
-            f"run `minippo {stage} --name {run.config.name} --data {run.config.data}` first"
-        )
+    config = run.config
+    where = f"--name {config.name}"
+    where += "" if config.data == "tiny_hh" else f" --data {config.data}"
+    if run.begun_before(stage):
+        message = f"stage {stage!r} of {run.folder} was begun and is not finished"
+        raise ValueError(f"{message}; go on with `minippo {stage} {where} --resume`")
+    if config.data != "tiny_hh":
+        message = f"{run.folder} has no finished stage {stage!r}"
+        raise ValueError(f"{message}; run `minippo {stage} {where}` first")
     tqdm.write(f"{run.folder} has no stage {stage!r}: taking the shipped checkpoint")
     return stage
 
 
+def start_of_sft(run: Run) -> str:
+    """Where SFT starts: this run's own pretrained base, else --base."""
+    if not run.begun_before("pretrain"):
+        return run.config.base
+    if run.config.base != RunConfig().base:
+        message = f"{run.folder} has a pretrained base of its own; leave out --base"
+        raise ValueError(f"{message}, or choose another --name")
+    return start_of(run, "pretrain")
+
+
 def load_start(run: Run, stage: str, load=load_policy):
     """A model of an earlier stage on the run's device; the run gets its tokenizer."""
-    path = run.checkpoint("pretrain", run.config.base) if stage == "base" else start_of(run, stage)
+    path = start_of_sft(run) if stage == "base" else start_of(run, stage)
     tokenizer = load_tokenizer(path)
     if run.tokenizer is not None:
         check_same_vocabulary(run.tokenizer, tokenizer, path)
@@ -102,13 +118,41 @@ def load_start(run: Run, stage: str, load=load_policy):
     return load(path).to(pick_device(run.config.device))
 
 
+def passing_bar(items, name: str, unit: str, **options):
+    """A bar for what may take seconds; it shows after one, and leaves no line."""
+    return tqdm(items, desc=f"{name:10s}", unit=unit, leave=False, delay=1, **options)
+
+
+def encode(run: Run, stage: str, rows, limits: tuple[int, int], answers=()) -> list[Encoded]:
+    """`encode_rows` with a bar, and a line on what was dropped as too long."""
+    with passing_bar(rows, "encode", "row") as bar:
+        kept, dropped = encode_rows(bar, run.tokenizer, *limits, answers)
+    tqdm.write(f"{stage}: {len(kept)} rows, {dropped} dropped as too long")
+    return kept
+
+
+def score(reward_model, rows: list[Encoded], pad_id: int) -> list[list[float]]:
+    """`score_all` with a bar."""
+    with passing_bar(None, "score", "row", total=len(rows)) as bar:
+        return score_all(reward_model, rows, pad_id, on_batch=bar.update)
+
+
+def score_stats(reward_model, config: PPOConfig) -> tuple[float, float]:
+    """Mean and std that scores are standardised with; (0, 1) leaves them alone."""
+    return (reward_model.mean, reward_model.std) if config.standardize_scores else (0.0, 1.0)
+
+
 def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
     """Tokenizer and base model from the text of the data set."""
     texts = source.texts()
-    held_out = max(1, min(1000, len(texts) // 20))
-    run.tokenizer = train_tokenizer(texts[held_out:], config.vocab_size)
-    sequences, dropped = encode_texts(run.tokenizer, texts, config.n_positions)
+    run.tokenizer = train_tokenizer(texts, config.vocab_size)
+    with passing_bar(texts, "encode", "text") as bar:
+        sequences, dropped = encode_texts(run.tokenizer, bar, config.n_positions)
     tqdm.write(f"pretrain: {len(sequences)} texts, {dropped} too long for {config.n_positions}")
+    held_out = min(500, len(sequences) // 20)
+    if held_out < 1:
+        message = f"only {len(sequences)} texts fit into {config.n_positions} tokens"
+        raise ValueError(f"{message}; at least 20 are needed: more rows, or raise n_positions")
     sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     model = tiny_gpt2(len(run.tokenizer), *sizes, run.tokenizer.eos_token_id, pad_id, seed)
@@ -124,20 +168,20 @@ def sft_stage(run: Run, source: Source, config: SFTConfig) -> None:
     policy = load_start(run, "base")
     limits = (config.max_prompt_tokens, config.max_response_tokens)
     check_context(policy, *limits)
-    rows, dropped = encode_rows(source.demonstrations(), run.tokenizer, *limits, ("answer",))
-    tqdm.write(f"sft: {len(rows)} demonstrations, {dropped} dropped as too long")
+    rows = encode(run, "sft", source.demonstrations(), limits, ("answer",))
     train_sft(policy, rows, config, run.tokenizer.pad_token_id, run.config.seed, run)
     run.finish("sft")
 
 
-def sample_candidates(run: Run, policy, prompts, count: int, limit: int, purpose: str):
-    """`count` sampled answers to each tokenised prompt, with a bar; a list of Encoded."""
+def sample_candidates(
+    run: Run, policy, prompts, count: int, limit: int, purpose: str, temperature: float = 1.0
+) -> list[Encoded]:
+    """`count` sampled answers to each tokenised prompt, with a bar."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
     with tqdm(total=len(repeated), desc=f"{purpose:10s}", unit="answer") as bar:
         seed = stream(run.config.seed, purpose)
-        answers = generate_many(
-            policy, repeated, run.tokenizer, limit, seed, on_batch=bar.update
-        )
+        options = {"temperature": temperature, "on_batch": bar.update}
+        answers = generate_many(policy, repeated, run.tokenizer, limit, seed, **options)
     starts = range(0, len(repeated), count)
     return [Encoded(i, prompts[i], answers[s : s + count]) for i, s in enumerate(starts)]
 
@@ -146,7 +190,8 @@ def rank_candidates(rows, answers: list[Encoded], tokenizer, seed: int):
     """The annotator's rankings: Encoded with responses best first, and the same in words."""
     rng = random.Random(seed)
     ranked, written = [], []
-    for row, encoded in zip(rows, answers, strict=True):
+    progress = passing_bar(rows, "rank", "prompt")
+    for row, encoded in zip(progress, answers, strict=True):
         texts = [decode_response(tokenizer, r) for r in encoded.responses]
         gold = [judge(row["instruction"], text, row["history"]).score for text in texts]
         order = rank(gold, rng)
@@ -157,72 +202,86 @@ def rank_candidates(rows, answers: list[Encoded], tokenizer, seed: int):
     return ranked, written
 
 
-def reward_rows(run: Run, source: Source, policy, config: RewardConfig):
-    """Training rows, held-out rows (responses best first) and margins, by the configured source."""
-    limits = (config.max_prompt_tokens, config.max_response_tokens)
-    wanted = {"auto": "candidates" if source.is_tiny else "pairs"}.get(config.source, config.source)
-    if wanted == "pairs":
-        train, held_out = source.pairs()
-        columns = ("chosen", "rejected")
-        encoded, dropped = encode_rows(train, run.tokenizer, *limits, columns)
-        others, _ = encode_rows(held_out, run.tokenizer, *limits, columns)
-        tqdm.write(f"reward: {len(encoded)} pairs, {dropped} dropped as too long")
-        margins = [train[e.row].get("margin") for e in encoded] if config.margin else None
-        if margins and None in margins:
-            raise ValueError("reward.margin needs pairs with a margin; this data set has none")
-        return encoded, others, margins
+def candidate_rows(run: Run, source: Source, policy, config: RewardConfig):
+    """Training rows and held-out rows: the SFT model's answers, ranked by the annotator."""
     if not source.is_tiny:
         raise ValueError("ranking candidates needs the TinyHH annotator; use --source pairs")
     rows = source.prompts("preference", config.prompts + config.held_out)
-    prompts = [encode_prompt(run.tokenizer, r["instruction"], r["history"]) for r in rows]
-    answers = sample_candidates(
-        run, policy, prompts, config.candidates, config.max_response_tokens, "candidates"
-    )
+    kept = encode(run, "reward", rows, (config.max_prompt_tokens, config.max_response_tokens))
+    if len(kept) <= config.held_out:
+        raise ValueError(f"only {len(kept)} prompts are left; lower --held-out {config.held_out}")
+    prompts, rows = [e.prompt for e in kept], [rows[e.row] for e in kept]
+    wanted = (config.candidates, config.max_response_tokens)
+    answers = sample_candidates(run, policy, prompts, *wanted, "candidates")
     seed = stream(run.config.seed, "annotator")
     ranked, written = rank_candidates(rows, answers, run.tokenizer, seed)
     run.write_rows("candidates.jsonl", written)
-    return ranked[: config.prompts], ranked[config.prompts :], None
+    return ranked[: -config.held_out], ranked[-config.held_out :]
+
+
+def given_rows(run: Run, source: Source, config: RewardConfig):
+    """Training rows, held-out rows and margins of the data set's own pairs."""
+    limits = (config.max_prompt_tokens, config.max_response_tokens)
+    # With margins pairs stay pairs; else those of one ranking stay together, each answer read once.
+    columns = ("chosen", "rejected") if config.margin else ("candidates",)
+    train, held_out = source.pairs() if config.margin else source.rankings()
+    if config.margin and any(row.get("margin") is None for row in train):
+        raise ValueError("--margin needs pairs with a margin; this data set has none")
+    encoded = encode(run, "reward", train, limits, columns)
+    others = encode(run, "held out", held_out[: config.held_out], limits, columns)
+    return encoded, others, [train[e.row]["margin"] for e in encoded] if config.margin else None
 
 
 def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
     """The reward model, from rankings of the SFT model's own candidates or from given pairs."""
+    ranks_candidates = config.source == "candidates" or config.source == "auto" and source.is_tiny
+    if config.margin and ranks_candidates:
+        raise ValueError("--margin needs given pairs; add --source pairs")
     policy = load_start(run, "sft")
     check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
-    pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
-    rows, held_out, margins = reward_rows(run, source, policy, config)
-    reward_model = RewardModel.from_policy(policy, seed)
+    pad_id, seed, margins = run.tokenizer.pad_token_id, run.config.seed, None
+    if ranks_candidates:
+        rows, held_out = candidate_rows(run, source, policy, config)
+    else:
+        rows, held_out, margins = given_rows(run, source, config)
+    reward_model = RewardModel.from_policy(policy, seed, pad_id)
     train_reward_model(reward_model, rows, config, pad_id, margins, seed, run)
-    scores = score_all(reward_model, held_out, pad_id)
-    pairs = [(a, b) for s in scores for i, a in enumerate(s) for b in s[i + 1 :]]
-    share, low, high = win_rate([a for a, _ in pairs], [b for _, b in pairs])
-    reference = held_out
-    if margins is not None or len(held_out[0].responses) == 2:  # pairs are nobody's samples
-        prompts = [row.prompt for row in held_out]
-        limit = config.max_response_tokens
-        reference = sample_candidates(run, policy, prompts, 2, limit, "reference")
-    standardise_on(reward_model, score_all(reward_model, reference, pad_id))
-    quality = {"held_out_pairs": len(pairs), "accuracy": share, "low": low, "high": high}
+    scores = reference = score(reward_model, held_out, pad_id)
+    if not ranks_candidates:  # given answers are nobody's samples, so the reference answers itself
+        prompts, limit = [row.prompt for row in held_out], config.max_response_tokens
+        samples = sample_candidates(run, policy, prompts, 2, limit, "reference")
+        reference = score(reward_model, samples, pad_id)
+    standardise_on(reward_model, reference)
+    quality = ranking_accuracy(scores)
     run.write_json("reward.json", quality)
-    tqdm.write(f"reward: {share:.1%} of {len(pairs)} held-out pairs [{low:.1%}, {high:.1%}]")
+    share, low, high = (f"{quality[key]:.1%}" for key in ("accuracy", "low", "high"))
+    tqdm.write(f"reward: {share} of {quality['held_out_pairs']} held-out pairs [{low}, {high}]")
     run.finish("reward")
 
 
-def value_stage(run: Run, source: Source, config: ValueConfig, limits: PPOConfig) -> None:
-    """The critic learns the mean reward of each prompt's answers before PPO begins."""
+def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -> None:
+    """The critic learns the mean reward of each prompt's answers before PPO begins.
+
+    It is the reward PPO will give: same limits, temperature, scale and missing-EOS penalty.
+    """
     policy = load_start(run, "sft")
+    check_context(policy, ppo.max_prompt_tokens, ppo.max_response_tokens)
     reward_model = load_start(run, "reward", RewardModel.load)
     value_model = ValueModel.from_reward_model(reward_model)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     rows = source.prompts("ppo", config.prompts + config.held_out)
-    kept, _ = encode_rows(rows, run.tokenizer, limits.max_prompt_tokens, 1)
-    if len(kept) <= config.held_out:
-        raise ValueError(f"only {len(kept)} prompts; lower --held-out ({config.held_out})")
-    prompts, longest = [e.prompt for e in kept], limits.max_response_tokens
-    answers = sample_candidates(run, policy, prompts, config.candidates, longest, "value")
-    scores = torch.tensor(score_all(reward_model, answers, pad_id))
-    targets = prompt_values((scores - reward_model.mean) / reward_model.std).tolist()
+    prompts = [e.prompt for e in encode(run, "value", rows, (ppo.max_prompt_tokens, 1))]
+    if len(prompts) <= config.held_out:
+        raise ValueError(f"only {len(prompts)} prompts; lower --held-out ({config.held_out})")
+    wanted = (config.candidates, ppo.max_response_tokens)
+    answers = sample_candidates(run, policy, prompts, *wanted, "value", ppo.temperature)
+    scores = torch.tensor(score(reward_model, answers, pad_id))
+    scores = standardize_scores(scores, *score_stats(reward_model, ppo))
+    eos_id = run.tokenizer.eos_token_id
+    endless = torch.tensor([[r[-1] != eos_id for r in e.responses] for e in answers])
+    targets = prompt_values(scores - ppo.missing_eos_penalty * endless).tolist()
     first = [Encoded(e.row, e.prompt, e.responses[:1]) for e in answers]
-    count = len(kept) - config.held_out
+    count = len(first) - config.held_out
     train_value_model(value_model, first[:count], targets[:count], config, pad_id, seed, run)
     explained = prompt_explained_variance(value_model, first[count:], targets[count:], pad_id)
     run.write_json("value.json", {"prompts": count, "explained_variance": explained})
@@ -237,13 +296,11 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
     ref_policy = frozen_copy(policy)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
     value_model = load_start(run, "value", ValueModel.load)
-    prompts = source.prompts("ppo", PPO_PROMPTS)
-    rows, dropped = encode_rows(prompts, run.tokenizer, config.max_prompt_tokens, 1)
-    tqdm.write(f"ppo: {len(rows)} prompts, {dropped} dropped as too long")
-    stats = (reward_model.mean, reward_model.std) if config.standardize_scores else (0.0, 1.0)
-    prompts, seed = [row.prompt for row in rows], run.config.seed
+    rows = source.prompts("ppo", PPO_PROMPTS)
+    prompts = [e.prompt for e in encode(run, "ppo", rows, (config.max_prompt_tokens, 1))]
     models = (policy, ref_policy, value_model, reward_model)
-    train_ppo(*models, prompts, run.tokenizer, config, stats, seed, run)
+    stats = score_stats(reward_model, config)
+    train_ppo(*models, prompts, run.tokenizer, config, stats, run.config.seed, run)
     run.finish("ppo")
 
 
@@ -253,38 +310,48 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
     rows = source.prompts("test", config.prompts)
-    kept, dropped = encode_rows(rows, run.tokenizer, config.max_prompt_tokens, 1)
+    kept = encode(run, "evaluate", rows, (config.max_prompt_tokens, 1))
     rows, prompts = [rows[e.row] for e in kept], [e.prompt for e in kept]
-    tqdm.write(f"evaluate: {len(rows)} test prompts, {dropped} dropped as too long")
     copies = {"SFT": (sft, 1), "PPO": (ppo, 1)}
     if config.best_of:
         copies[f"best-of-{config.best_of}"] = (sft, config.best_of)
-    total = len(rows) * sum(n for _, n in copies.values())
-    answers = {}
+    answers = sample_all(run, prompts, copies, config)
+    notes, agreement = (
+        [f"{len(rows)} test prompts, sampled at temperature {config.temperature}"],
+        {},
+    )
+    if config.best_of:
+        name, many = list(answers.items())[-1]
+        scores = score(reward_model, many, run.tokenizer.pad_token_id)
+        answers[name] = best_of_n(many, scores)
+        notes.append(f"KL of {name} is its upper bound log n - (n - 1)/n")
+        if source.is_tiny:
+            agreement = _agreement(rows, many, scores, run.tokenizer)
+    table, judged, rewards = summarise(run, rows, answers, sft, ppo, reward_model, config)
+    result = {"table": table, "notes": notes, **_stage_results(run)}
+    result["reward_model"] |= agreement
+    run.write_json("evaluation.json", result)
+    run.write_rows("samples.jsonl", sample_rows(run, rows, answers, judged, rewards))
+    run.write_json("xray.json", _xrays(run, prompts[:2], sft, ppo, reward_model, config))
+    return result
+
+
+def sample_all(run: Run, prompts, copies: dict, config: EvalConfig) -> dict[str, list[Encoded]]:
+    """The answers of several (policy, answers a prompt), under their names, with one bar."""
+    total, answers = len(prompts) * sum(n for _, n in copies.values()), {}
     with tqdm(total=total, desc=f"{'evaluate':10s}", unit="answer") as bar:
         for name, (policy, n) in copies.items():
             seed = stream(run.config.seed, f"test/{name}")
             options = (run.tokenizer, config, seed, n, bar.update)
             answers[name] = sample_answers(policy, prompts, *options)
-    many = answers[name] if config.best_of else None
-    if many is not None:
-        scores = score_all(reward_model, many, run.tokenizer.pad_token_id)
-        answers[name] = best_of_n(many, scores)
-    table, judged = summarise(run, rows, answers, sft, ppo, reward_model, config)
-    result = {"table": table, **_stage_results(run)}
-    if source.is_tiny and many is not None:
-        result["reward_model"] |= _agreement(rows, many, scores, run.tokenizer)
-    run.write_json("evaluation.json", result)
-    run.write_rows("samples.jsonl", sample_rows(run, rows, answers, judged, reward_model))
-    run.write_json("xray.json", _xrays(run, prompts[:2], sft, ppo, reward_model, config))
-    return result
+    return answers
 
 
 def summarise(run: Run, rows, answers: dict, sft, ppo, reward_model, config: EvalConfig):
-    """The rows of the final table, and the annotator's judgements where there is an annotator."""
-    pad_id, table, judged = run.tokenizer.pad_token_id, [], {}
+    """The rows of the final table; per model the judgements, if anybody can judge, and rewards."""
+    pad_id, table, judged, rewards = run.tokenizer.pad_token_id, [], {}, {}
     tiny = run.config.data == "tiny_hh"
-    for name, encoded in answers.items():
+    for name, encoded in passing_bar(answers.items(), "judge", "model", total=len(answers)):
         row = {"model": name}
         if tiny:
             judged[name] = judge_all(rows, encoded, run.tokenizer)
@@ -292,15 +359,15 @@ def summarise(run: Run, rows, answers: dict, sft, ppo, reward_model, config: Eva
             baseline = [j.score for j in judged["SFT"]]
             row["win_rate"] = None if name == "SFT" else list(win_rate(gold, baseline))
             row |= annotated_summary(rows, judged[name])
-        scores = standardised(reward_model, encoded, pad_id)
-        row["reward"] = sum(scores) / len(scores)
+        rewards[name] = standardised(reward_model, encoded, pad_id)
+        row["reward"] = sum(rewards[name]) / len(rewards[name])
         row["kl_per_sequence"] = 0.0
         if name == "PPO":
             row["kl_per_sequence"] = kl_per_sequence(ppo, sft, encoded, pad_id, config.temperature)
         elif name != "SFT":
             row["kl_per_sequence"] = best_of_n_kl(config.best_of)
         table.append({**row, **answer_statistics(encoded, run.tokenizer.eos_token_id)})
-    return table, judged
+    return table, judged, rewards
 
 
 def _stage_results(run: Run) -> dict:
@@ -321,10 +388,8 @@ def _agreement(rows, many: list[Encoded], scores, tokenizer) -> dict:
     return reward_agreement(rows, [s[:4] for s in scores], judged)
 
 
-def sample_rows(run: Run, rows, answers: dict, judged: dict, reward_model) -> list[dict]:
+def sample_rows(run: Run, rows, answers: dict, judged: dict, rewards: dict) -> list[dict]:
     """One row per test prompt: the answers, their scores, the annotator's sentences."""
-    pad_id = run.tokenizer.pad_token_id
-    rewards = {name: standardised(reward_model, e, pad_id) for name, e in answers.items()}
     written = []
     for i, row in enumerate(rows):
         texts = {n: decode_response(run.tokenizer, e[i].responses[0]) for n, e in answers.items()}
@@ -339,18 +404,17 @@ def sample_rows(run: Run, rows, answers: dict, judged: dict, reward_model) -> li
 
 def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> list[dict]:
     """The per-token view of PPO's answers, before and after one more real update on them."""
-    config = run.stages.get("ppo", PPOConfig())
-    config = replace(config, max_response_tokens=limits.max_response_tokens, steps=1)
-    config = replace(config, batch_size=1, minibatch_size=1, micro_batch_size=1)
-    policy, value_model = copy.deepcopy(ppo), load_start(run, "value", ValueModel.load)
-    stats = (reward_model.mean, reward_model.std) if config.standardize_scores else (0.0, 1.0)
-    models = (policy, sft, value_model)
+    config = replace(run.settings("ppo", PPOConfig), max_response_tokens=limits.max_response_tokens)
+    config = replace(config, steps=1, batch_size=1, minibatch_size=1, micro_batch_size=1)
+    policy, seed = copy.deepcopy(ppo), run.config.seed
+    trained = run.latest("ppo") / "value" if run.finished("ppo") else None  # PPO trained it on
+    value_model = load_start(run, "value", lambda path: ValueModel.load(trained or path))
+    stats, models = score_stats(reward_model, config), (policy, sft, value_model)
     rollout = collect_rollout(
-        *models, reward_model, prompts, run.tokenizer, config, score_stats=stats
+        *models, reward_model, prompts, run.tokenizer, config, score_stats=stats, seed=seed
     )
-    optimizer = adamw(
-        {"policy": policy, "value": value_model}, {"policy": config.lr, "value": config.value_lr}
-    )
+    rates = {"policy": config.lr, "value": config.value_lr}
+    optimizer = adamw({"policy": policy, "value": value_model}, rates)
     ppo_update(policy, sft, value_model, optimizer, rollout, config, torch.Generator())
     with torch.no_grad():
         places = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
@@ -363,9 +427,18 @@ def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> lis
     ]
 
 
+def check_limits(run: Run) -> None:
+    """Refuses limits of any stage that the model cannot hold, before the first one is trained."""
+    model = load_start(run, "base")
+    for config in run.stages.values():
+        if hasattr(config, "max_prompt_tokens"):
+            check_context(model, config.max_prompt_tokens, config.max_response_tokens)
+
+
 def demo_stages(run: Run, source: Source) -> dict:
     """SFT, candidates and rankings, reward model, critic warm-up, PPO, evaluation, report."""
     stages = run.stages
+    check_limits(run)
     if not run.finished("sft"):
         sft_stage(run, source, stages["sft"])
     if not run.finished("reward"):

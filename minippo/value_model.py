@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from minippo.batching import Encoded, epoch_batches
+from minippo.batching import Encoded
 from minippo.config import ValueConfig
 from minippo.masking import masked_mean
-from minippo.models import ValueModel, autocast
+from minippo.models import ValueModel
 from minippo.optim import training_loop
 from minippo.sft import join
 
@@ -16,7 +16,7 @@ def _values(value_model, rows: list[Encoded], pad_id: int) -> tuple[Tensor, Tens
     device = next(value_model.parameters()).device
     prompts, responses = [row.prompt for row in rows], [row.responses[0] for row in rows]
     tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
-    return value_model(tokens, attention_mask, mask.shape[1]).float(), mask
+    return value_model(tokens, attention_mask, mask.shape[1]), mask
 
 
 def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) -> Tensor:
@@ -27,8 +27,7 @@ def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) 
     targets: (B,)
     returns: (), the token mean
     """
-    with autocast(targets.device):
-        values, mask = _values(value_model, rows, pad_id)
+    values, mask = _values(value_model, rows, pad_id)
     return 0.5 * masked_mean((values - targets[:, None]).square(), mask)
 
 
@@ -40,6 +39,7 @@ def train_value_model(
 
     rows: prompts with one answer each
     targets: the mean reward of each row's prompt
+    Raises ValueError if a row is longer than the model's context.
     """
     device = next(value_model.parameters()).device
 
@@ -49,16 +49,21 @@ def train_value_model(
         loss.backward()
         return {"loss/value": loss}
 
-    lengths, epochs = [row.length for row in rows], range(config.epochs)
-    plan = [b for e in epochs for b in epoch_batches(lengths, config.batch_size, seed, e)]
-    return training_loop("value", {"value": value_model}, plan, gradients, config, hooks)
+    models, lengths = {"value": value_model}, [row.length for row in rows]
+    return training_loop("value", models, lengths, gradients, config, seed, hooks)
 
 
 @torch.no_grad()
 def prompt_explained_variance(
     value_model, rows: list[Encoded], targets: list[float], pad_id: int
 ) -> float:
-    """1 - mean squared error / variance of V(x) on held-out prompts: 1 is perfect, 0 the mean."""
+    """1 - mean squared error / variance of V(x) on held-out prompts: 1 is perfect, 0 the mean.
+
+    Raises ValueError if the targets do not differ: there is nothing to explain.
+    """
+    if len(set(targets)) < 2:
+        message = f"the mean rewards of {len(targets)} held-out prompts do not differ"
+        raise ValueError(f"{message}, so no variance is there to explain; hold out more prompts")
     values, _ = _values(value_model, rows, pad_id)
     wanted = torch.tensor(targets)
     errors = values[:, 0].cpu() - wanted

@@ -108,6 +108,39 @@ def test_white_space_around_an_answer_is_taken_off_and_nothing_else(tokenizer):
     assert decode_response(tokenizer, encode_response(tokenizer, "   two  words ")) == "two  words"
 
 
+@pytest.fixture(scope="module")
+def bos_tokenizer():
+    """One that puts a BOS before every text and an EOS after it, as some of the Llama family."""
+    from tokenizers import processors
+
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {EOS}", special_tokens=[("<s>", first), (EOS, last)]
+    )
+    assert tokenizer.encode("")[0] == first == len(tokenizer) - 1
+    return tokenizer
+
+
+def test_a_prompt_begins_with_bos_where_the_tokenizer_puts_one(tokenizer, bos_tokenizer):
+    plain, first = encode_prompt(tokenizer, "Why?"), bos_tokenizer.bos_token_id
+    assert encode_prompt(bos_tokenizer, "Why?") == [first, *plain]
+    assert encode_response(bos_tokenizer, "So.") == encode_response(tokenizer, "So.")
+    assert decode_response(bos_tokenizer, encode_response(bos_tokenizer, "So.")) == "So."
+    (sequence,), _ = encode_texts(bos_tokenizer, ["yes"], 10)
+    assert (sequence[0], sequence[-1]) == (first, bos_tokenizer.eos_token_id)
+    assert sequence.count(first) == sequence.count(sequence[-1]) == 1
+
+
+def test_a_bos_counts_as_a_token_of_the_prompt(bos_tokenizer):
+    count = len(encode_prompt(bos_tokenizer, "Who are you?"))
+    (kept,), _ = encode_rows([row()], bos_tokenizer, count, 1)
+    assert kept.prompt[0] == bos_tokenizer.bos_token_id
+    with pytest.raises(ValueError, match="max_prompt_tokens"):
+        encode_rows([row()], bos_tokenizer, count - 1, 1)
+
+
 def test_decoding_stops_at_the_first_eos(tokenizer):
     ids = encode_response(tokenizer, "yes") + encode_response(tokenizer, "no")
     assert decode_response(tokenizer, ids) == "yes"
@@ -180,11 +213,23 @@ def test_texts_get_an_eos_and_those_beyond_the_context_are_dropped_and_counted(t
         encode_texts(tokenizer, ["long " * 60], 10)
 
 
+def test_a_text_that_spells_the_eos_token_ends_at_its_end_only(tokenizer):
+    text = f"before {EOS} and {PAD} after"
+    (sequence,), _ = encode_texts(tokenizer, [text], 99)
+    assert sequence.index(tokenizer.eos_token_id) == len(sequence) - 1
+    assert tokenizer.pad_token_id not in sequence
+    assert tokenizer.decode(sequence[:-1]) == text
+
+
 def test_prompt_and_response_must_fit_the_context_together():
     model = tiny_gpt2(20, n_layer=1, n_embd=8, n_head=2, n_positions=32)
     check_context(model, 20, 12)
     with pytest.raises(ValueError, match="33.*32"):
         check_context(model, 20, 13)
+    check_context(model, 32)  # a row as a whole
+    with pytest.raises(ValueError, match="33.*32.*GPT2LMHeadModel.*max_prompt_tokens"):
+        check_context(model, 33)
+    check_context(lambda *args: None, 10_000)  # a rule has no context
     check_context(SimpleNamespace(config=SimpleNamespace()), 10_000, 10_000)  # no limit is known
 
 

@@ -15,7 +15,6 @@ import torch
 from tiny_runs import run, save_base, write_pairs
 
 from minippo import chat, cli, config, doctor, models
-from minippo.config import RunConfig
 from minippo.models import RewardModel, ValueModel, load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,11 +23,11 @@ CONFIGS = {
     "pretrain": ["PretrainConfig", "RunConfig"],
     "sft": ["SFTConfig", "RunConfig"],
     "reward": ["RewardConfig", "RunConfig"],
-    "value": ["ValueConfig", "RunConfig"],
+    "value": ["ValueConfig", "PPOConfig", "RunConfig"],
     "ppo": ["PPOConfig", "ValueConfig", "RunConfig"],
     "evaluate": ["EvalConfig", "RunConfig"],
-    "report": ["RunConfig"],
-    "chat": ["RunConfig"],
+    "report": [],
+    "chat": [],
     "data": [],
     "doctor": [],
 }
@@ -44,6 +43,16 @@ def base(tmp_path_factory):
 def pairs(tmp_path_factory):
     """A file of 60 good rows."""
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 60)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, trained, pairs):
+    """The same with reward, value and ppo."""
+    out = tmp_path_factory.mktemp("finished")
+    shutil.copytree(trained, out, dirs_exist_ok=True)
+    for command in ("reward", "value", "ppo"):
+        run(command, out, pairs)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def test_the_help_of_a_command_mentions_every_field_of_its_configs(command, caps
         (["sft", "--steps", "many"], "--steps"),
         (["sft", "--stepz", "5"], "--stepz"),
         (["reward", "--candidates", "1"], "at least 2"),
-        (["pretrain", "--n-head", "3"], "n_head"),
+        (["pretrain", "--n-head", "7"], "n_head"),
         (["evaluate", "--temperature", "0"], "temperature"),
         (["value", "--held-out", "0"], "held_out"),
         (["sft", "--seed", "-1"], "seed"),
@@ -245,6 +254,77 @@ def test_a_stage_whose_forerunner_is_missing_names_it(command, capfd, tmp_path, 
     assert "minippo sft --name x" in line
 
 
+def test_limits_beyond_the_context_are_refused_before_the_critic_is_trained(
+    capfd, tmp_path, finished, pairs
+):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward"):
+        shutil.copytree(finished / "r" / stage, out / "r" / stage)
+    was = sorted(out.rglob("*"))
+    where = ["--data", pairs, "--out", out, "--name", "r"]
+    for command, prefix in (("ppo", ""), ("value", "ppo.")):
+        line = refused(capfd, [command, *where, f"--{prefix}max-response-tokens", "190"])
+        assert "318" in line and "200" in line and "lower" in line
+        assert sorted(out.rglob("*")) == was
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "eval"])
+def test_a_demo_refuses_the_limits_of_any_stage_before_the_first(stage, capfd, tmp_path, base):
+    fits = []
+    for other in {"sft", "reward", "ppo", "eval"} - {stage}:
+        fits += [f"--{other}.max-prompt-tokens", "400"]
+    options = [*fits, f"--{stage}.max-prompt-tokens", "600"]
+    line = refused(capfd, [
+        "demo", "--out", tmp_path / "out", "--base", base, *options,
+    ], tmp_path / "out")  # fmt: skip
+    assert "648" in line and "512" in line
+
+
+def test_settings_of_a_warm_up_that_is_over_are_refused(capfd, tmp_path, finished, pairs):
+    shutil.copytree(finished, tmp_path / "out")
+    where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r", "--overwrite"]
+    line = refused(capfd, ["ppo", *where, "--max-prompt-tokens", "100", "--warmup.epochs", "9"])
+    assert "warmed up already" in line and "minippo value --overwrite" in line
+
+
+def test_an_unfinished_earlier_stage_is_named_with_the_way_to_finish_it(
+    capfd, tmp_path, trained, pairs
+):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    for stage, command in (("sft", "reward"), ("pretrain", "sft")):
+        (out / "r" / stage / "latest").unlink()
+        arguments = [command, "--data", pairs, "--out", out, "--name", "r"]
+        line = refused(capfd, [*arguments, *(["--overwrite"] if command == "sft" else [])])
+        assert f"stage '{stage}'" in line and "not finished" in line
+        assert f"minippo {stage} --name r --data {pairs} --resume" in line
+
+
+def test_a_base_beside_the_runs_own_is_refused(capfd, tmp_path, trained, base, pairs):
+    shutil.copytree(trained, tmp_path / "out")
+    where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r", "--overwrite"]
+    line = refused(capfd, ["sft", *where, "--base", base])
+    assert "pretrained base of its own" in line and "leave out --base" in line
+
+
+def test_options_of_files_are_refused_for_tinyhh(capfd, tmp_path):
+    for option in (["--limit", "5"], ["--split", "train"]):
+        line = refused(capfd, ["sft", "--out", tmp_path / "out", *option], tmp_path / "out")
+        assert "--limit and --split belong to --data FILE" in line
+
+
+def test_a_margin_for_ranked_candidates_is_refused(capfd, tmp_path):
+    line = refused(capfd, ["reward", "--out", tmp_path / "out", "--margin"], tmp_path / "out")
+    assert "--margin needs given pairs; add --source pairs" in line
+
+
+def test_a_margin_that_the_pairs_do_not_have_is_refused(capfd, tmp_path, trained, pairs):
+    shutil.copytree(trained, tmp_path / "out")
+    where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r"]
+    line = refused(capfd, ["reward", *where, "--margin", "--max-prompt-tokens", "100"])
+    assert "this data set has none" in line
+
+
 def test_ranking_candidates_of_a_file_is_refused(capfd, tmp_path, trained, pairs):
     shutil.copytree(trained, tmp_path / "out")
     where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r"]
@@ -255,7 +335,7 @@ def test_ranking_candidates_of_a_file_is_refused(capfd, tmp_path, trained, pairs
 
 
 def test_report_without_a_run_is_refused(capfd, tmp_path):
-    line = refused(capfd, ["report", "--out", tmp_path, "--name", "none"])
+    line = refused(capfd, ["report", "--out", tmp_path])
     assert "no run folder" in line and "minippo demo" in line
 
 
@@ -342,43 +422,12 @@ def typed(monkeypatch, lines: list[str]) -> None:
     monkeypatch.setattr(builtins, "input", answer)
 
 
-@pytest.mark.parametrize("ending", [["", "never read"], []])
-def test_chat_answers_from_both_models_until_an_empty_line_or_the_end(
-    data_dir, monkeypatch, capsys, tmp_path, ending
-):
-    typed(monkeypatch, ["How do I bake bread?", "And then?", *ending])
-    chat.talk(RunConfig(out=tmp_path, name="none"))
-    said = capsys.readouterr().out
-    assert said.count("  SFT: ") == said.count("  PPO: ") == 2
-
-
-def test_chat_keeps_each_models_own_conversation(data_dir, monkeypatch, tmp_path):
-    seen = []
-
-    def fake(policy, tokenizer, question, history, turn, temperature):
-        seen.append((question, list(history)))
-        return f"answer {len(seen)}"
-
-    monkeypatch.setattr(chat, "_answer", fake)
-    typed(monkeypatch, ["one", "two"])
-    chat.talk(RunConfig(out=tmp_path, name="none"))
-    assert seen[2:] == [("two", [("one", "answer 1")]), ("two", [("one", "answer 2")])]
-
-
-def test_chat_drops_the_oldest_turns_that_do_not_fit(base):
-    policy, tokenizer = load_policy(base), models.load_tokenizer(base)
-    history = [(f"question {i} " * 8, "an answer " * 8) for i in range(30)]
-    assert isinstance(chat._answer(policy, tokenizer, "And now?", history, 0, 1.0), str)
-    long = chat._answer(policy, tokenizer, "word " * 600, history, 0, 1.0)
-    assert "tokens" in long and len(history) == 30
-
-
 def test_chat_reads_a_pipe(data_dir, monkeypatch, capsys, tmp_path):
     pipe = tmp_path / "typed"
     pipe.write_text("How do I bake bread?\n\nnot read\n")
     with pipe.open() as file:
         monkeypatch.setattr(sys, "stdin", file)
-        cli.main(["chat", "--out", str(tmp_path), "--name", "none"])
+        cli.main(["chat", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert said.count("  SFT: ") == said.count("  PPO: ") == 1
 
@@ -395,4 +444,4 @@ def test_ctrl_c_outside_a_training_exits_with_130_and_says_what_to_do(monkeypatc
     with pytest.raises(SystemExit) as end:
         cli.main(["chat"])
     assert end.value.code == 130
-    assert re.search(r"minippo: interrupted; \w+", capfd.readouterr().err)
+    assert "minippo: interrupted; what is finished is saved; run it again" in capfd.readouterr().err

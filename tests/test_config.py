@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 import typing
 
 import pytest
@@ -160,6 +161,37 @@ def test_every_field_says_what_it_means(stage):
     assert [n.target.id for n in fields] == [f.name for f in dataclasses.fields(stage)]
     silent = [n.target.id for n in fields if not explained(lines, n)]
     assert not silent
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_number_says_what_is_usual(stage):
+    """A figure stands in the comment of each number that is no mere on and off."""
+    lines = inspect.getsource(config_module).split("\n")
+    tree = ast.parse("\n".join(lines))
+    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == stage.__name__)
+    numbers = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    numbers = [n for n in numbers if ast.unparse(n.annotation).startswith(("int", "float"))]
+    said = {n.target.id: lines[n.end_lineno - 1].partition("#")[2] for n in numbers}
+    silent = [name for name, comment in said.items() if not re.search(r"\d", comment)]
+    assert silent == ([] if stage is not RunConfig else ["limit"])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("stage, field", [(SFTConfig, "lr"), (PPOConfig, "kl_coef")])
+def test_a_number_that_is_not_finite_is_refused_by_name(stage, field, value):
+    with pytest.raises(ValueError, match=f"{stage.__name__}.{field} is .*finite"):
+        stage(**{field: value})
+
+
+def test_a_margin_needs_given_pairs():
+    with pytest.raises(ValueError, match="--source pairs"):
+        RewardConfig(margin=True, source="candidates")
+    assert RewardConfig(margin=True, source="pairs").margin
+
+
+def test_a_variance_needs_two_held_out_prompts():
+    with pytest.raises(ValueError, match="ValueConfig.held_out is 1"):
+        ValueConfig(held_out=1)
 
 
 def explained(lines, node):

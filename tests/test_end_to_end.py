@@ -182,6 +182,72 @@ def test_the_reward_models_accuracy_is_that_of_the_held_out_pairs(filed):
     assert found["low"] <= found["accuracy"] <= found["high"]
 
 
+def test_the_critics_targets_are_the_rewards_that_ppo_will_give(filed, tmp_path, monkeypatch):
+    """Scale, penalty for not ending and length limit are PPO's; recomputed answer by answer."""
+    from minippo import stages
+
+    folder, data = filed
+    shutil.copytree(folder, tmp_path / "r")
+    caught = {}
+    train = stages.train_value_model
+
+    def caught_train(model, rows, targets, *rest):
+        caught["targets"] = targets
+        return train(model, rows, targets, *rest)
+
+    sample = stages.sample_candidates
+
+    def caught_sample(*arguments):
+        caught["answers"], caught["temperature"] = sample(*arguments), arguments[-1]
+        return caught["answers"]
+
+    monkeypatch.setattr(stages, "train_value_model", caught_train)
+    monkeypatch.setattr(stages, "sample_candidates", caught_sample)
+    settings = ["--ppo.max-response-tokens", "7", "--ppo.max-prompt-tokens", "100"]
+    settings += ["--ppo.missing-eos-penalty", "0.75", "--ppo.temperature", "0.8"]
+    run("value", tmp_path, data, "--overwrite", *settings)
+    place = tmp_path / "r" / "reward" / "final"
+    model, tokenizer = RewardModel.load(place), load_tokenizer(place)
+    assert caught["temperature"] == 0.8
+    lengths = [len(r) for e in caught["answers"] for r in e.responses]
+    assert max(lengths) == 7
+    for encoded, target in zip(caught["answers"], caught["targets"]):
+        rewards = []
+        for response in encoded.responses:
+            tokens = torch.tensor([encoded.prompt + response])
+            score = float(model(tokens, torch.ones_like(tokens, dtype=torch.bool)).detach())
+            endless = response[-1] != tokenizer.eos_token_id
+            rewards.append((score - model.mean) / model.std - 0.75 * endless)
+        assert target == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_a_random_model_of_another_family_goes_through_all_stages(family, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(save_base(tmp_path / "gpt2"))
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
+        bos_token_id=1,
+    )  # fmt: skip
+    made = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1)),
+        "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)),
+    }[family]()
+    made.save_pretrained(tmp_path / family)
+    tokenizer.save_pretrained(tmp_path / family)
+    data = write_pairs(tmp_path / "pairs.jsonl", 60)
+    run("sft", tmp_path, data, "--base", tmp_path / family)
+    for command in ("reward", "ppo", "evaluate"):
+        warmup = ["--warmup.prompts", "20", "--warmup.held-out", "4", "--warmup.batch-size", "8"]
+        run(command, tmp_path, data, *(warmup if command == "ppo" else ()))
+    trained = load_policy(tmp_path / "r" / "ppo" / "final")
+    assert type(trained) is type(made)
+    before = load_policy(tmp_path / "r" / "sft" / "final").state_dict()
+    assert any((before[name] != value).any() for name, value in trained.state_dict().items())
+
+
 def padded_rows(tokenizer):
     """Two texts of other lengths, padded on the right."""
     texts = ["\n\nHuman: How do I make tea?\n\nAssistant: Boil it.", "\n\nHuman: Hi\n\nAssistant:"]
@@ -251,7 +317,9 @@ def test_the_limits_of_the_evaluation_hold_for_the_per_token_view(tmp_path):
     short = write_short_pairs(tmp_path / "short.jsonl")
     for command in ("pretrain", "sft", "reward", "ppo", "evaluate"):
         run(command, tmp_path, short, *extra[command])
-    assert (tmp_path / "r" / "xray.json").is_file()
+    for view in json.loads((tmp_path / "r" / "xray.json").read_text()):
+        roles = [row[view["columns"].index("role")] for row in view["rows"]]
+        assert 0 < sum(role == "response" for role in roles) <= 10
 
 
 def write_short_pairs(path: Path) -> Path:

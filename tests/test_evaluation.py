@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from minippo import evaluation as ev
 from minippo.batching import Encoded
-from minippo.config import EvalConfig
 from minippo.models import frozen_copy, tiny_gpt2
 from minippo.tinyhh import world as w
 from minippo.tinyhh.annotator import WEIGHTS, Judgement, judge
@@ -221,3 +220,46 @@ def test_standardised_scores_use_the_reference_mean_and_std():
 
     answers = [Encoded(0, [5, 6], [[7, EOS]]), Encoded(1, [2], [[3]])]
     assert ev.standardised(Scorer(), answers, PAD) == pytest.approx([(19 - 10) / 4, (5 - 10) / 4])
+
+
+# accuracy on rankings
+
+
+def test_the_accuracy_on_rankings_counts_every_pair_and_ties_half():
+    scores = [[3.0, 2.0, 1.0], [1.0, 2.0, 2.0]]  # 3 of 3; wrong, wrong, tie
+    got = ev.ranking_accuracy(scores)
+    assert got["held_out_pairs"] == 6 and got["accuracy"] == pytest.approx(3.5 / 6)
+
+
+def test_of_plain_pairs_the_interval_is_wilsons():
+    scores = [[1.0, 0.0]] * 30 + [[0.0, 1.0]] * 12
+    _, low, high = ev.win_rate([s[0] for s in scores], [s[1] for s in scores])
+    got = ev.ranking_accuracy(scores)
+    assert (got["low"], got["high"]) == (low, high)
+
+
+def test_the_interval_of_rankings_is_over_rankings():
+    """Equal K: the mean of the rankings' shares, whose standard error is textbook."""
+    rng = torch.Generator().manual_seed(0)
+    quality = 2 * torch.rand(80, 1, generator=rng)  # some prompts are easy, some are hopeless
+    scores = quality * torch.tensor([1.5, 1.0, 0.5, 0.0]) + torch.randn(80, 4, generator=rng)
+    shares = []
+    for row in scores.tolist():
+        hits = [a > b for i, a in enumerate(row) for b in row[i + 1 :]]
+        shares.append(sum(hits) / len(hits))
+    shares = torch.tensor(shares, dtype=torch.float64)
+    half = 1.96 * float(shares.std()) / 80**0.5
+    got = ev.ranking_accuracy(scores.tolist())
+    assert got["accuracy"] == pytest.approx(float(shares.mean()))
+    assert got["high"] - got["accuracy"] == pytest.approx(half, rel=1e-6)
+
+
+def test_rankings_of_different_sizes_count_by_their_pairs():
+    got = ev.ranking_accuracy([[2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0]])
+    assert got["held_out_pairs"] == 5 and got["accuracy"] == pytest.approx(4 / 5)
+    assert 0 <= got["low"] < got["accuracy"] < got["high"] <= 1
+
+
+def test_a_rate_over_no_request_is_none():
+    table = ev.annotated_summary([topic(0)], [judgement(labels=("on_topic",))])
+    assert table["complying"] is None and table["on_topic"] == 1.0

@@ -231,6 +231,15 @@ def test_a_low_temperature_takes_the_most_probable_token(policy):
             tokens.append(token)
 
 
+def test_under_autocast_the_model_is_read_in_bfloat16(policy, monkeypatch):
+    kinds = []
+    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    handle = policy.lm_head.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
+    assert sample(policy).dtype == torch.long
+    handle.remove()
+    assert set(kinds) == {torch.bfloat16} and len(kinds) > 1
+
+
 def test_pad_may_be_eos(policy):
     one = sample(policy, eos_id=9, pad_id=9)
     assert answers(one, 9) == answers(sample(policy, eos_id=9), 9)

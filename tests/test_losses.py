@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minippo.losses import lm_loss, policy_loss, ppo_objective, preference_loss, ranking_loss
-from minippo.losses import value_loss
+from minippo.losses import (
+    lm_loss,
+    policy_loss,
+    ppo_objective,
+    preference_loss,
+    ranking_loss,
+    value_loss,
+)
 
 NAN, INF = float("nan"), float("inf")
 B, R, V, T = 3, 5, 7, 8

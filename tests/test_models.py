@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     GPTNeoXConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from minippo.models import (
     RewardModel,
     ValueModel,
+    at_least_float32,
     check_same_vocabulary,
     checked_policy,
     frozen_copy,
@@ -32,6 +34,7 @@ from minippo.models import (
     resolve_checkpoint,
     response_logits,
     tiny_gpt2,
+    token_logits,
 )
 from minippo.pretrain import train_tokenizer
 
@@ -156,6 +159,49 @@ def test_only_the_needed_positions_go_through_the_vocabulary_projection(make):
     assert widths == [4]
 
 
+# --- precision --------------------------------------------------------------------------------
+
+
+def views(policy, reward, value):
+    """What the formulas get to see of three models."""
+    ids, mask = padded("left")
+    logits = [response_logits(policy, ids, mask, 3), token_logits(policy, ids, mask)]
+    return [*logits, reward(ids, mask), value(ids, mask, 3)]
+
+
+def trio(make):
+    policy = make()
+    return policy, RewardModel.from_policy(policy), ValueModel.from_policy(policy)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_under_autocast_models_compute_in_bfloat16_and_hand_out_float32(make, monkeypatch):
+    three, widths = trio(make), []
+    single = views(*three)
+    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    head = three[0].get_output_embeddings()
+    head.register_forward_hook(lambda _, __, output: widths.append(output.dtype))
+    for got, expected in zip(views(*three), single, strict=True):
+        assert got.dtype == torch.float32 and not torch.equal(got, expected)
+        # bfloat16 has 8 bits; errors grow with the size of what is summed.
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    assert set(widths) == {torch.bfloat16}
+
+
+@FAMILIES
+@pytest.mark.parametrize("given, handed_out", [("bfloat16", "float32"), ("float64", "float64")])
+@torch.no_grad()
+def test_models_of_another_precision_hand_out_float32_at_least(make, given, handed_out):
+    for got in views(*(model.to(getattr(torch, given)) for model in trio(make))):
+        assert got.dtype == getattr(torch, handed_out)
+
+
+def test_at_least_float32_copies_nothing_that_is_precise_enough():
+    for x in (torch.zeros(3), torch.zeros(3, dtype=torch.float64)):
+        assert at_least_float32(x) is x
+
+
 # --- tiny_gpt2 --------------------------------------------------------------------------------
 
 
@@ -271,11 +317,74 @@ def test_a_missing_absolute_folder_is_refused_by_name(load, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load, load_tokenizer])
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/nowhere", "runs/nowhere"])
-def test_a_missing_relative_folder_is_refused_by_name(load, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "a/b/nowhere", "runs/nowhere"])
+def test_a_missing_folder_is_refused_by_name_without_asking_the_hub(
+    load, name, tmp_path, monkeypatch
+):
+    asked = ask_nobody(monkeypatch)
+    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere.*config.json.*folder, a hub name"):
         load(name)
+    assert not asked
+
+
+def ask_nobody(monkeypatch):
+    """Puts something that only notes its argument in the place of `transformers`' loaders."""
+    asked = []
+
+    def refuse(name, **options):
+        asked.append(name)
+        raise OSError("We couldn't connect\nto the hub")
+
+    for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    return asked
+
+
+@pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load, load_tokenizer])
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_of_the_hub_is_asked_for_there_and_an_error_names_what_else_there_is(
+    load, name, tmp_path, monkeypatch
+):
+    for shipped in ("base", "sft"):
+        (tmp_path / "checkpoints" / shipped).mkdir(parents=True)
+    monkeypatch.setattr("minippo.models.DATA_DIR", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    asked = ask_nobody(monkeypatch)
+    with pytest.raises(ValueError, match=f"'{name}'.*couldn't connect to the hub.*'base', 'sft'"):
+        load(name)
+    assert asked == [name]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    RewardModel.from_policy(gpt2()).save(tmp_path / "model")
+    (tmp_path / "model" / "reward_stats.json").write_text('{"mean": 5.0, "std": 2.0}')
+    assert RewardModel.load("~/model").mean == 5.0
+
+
+DAMAGED = {
+    "model.safetensors": [load_policy, RewardModel.load, ValueModel.load],
+    "config.json": [load_policy, RewardModel.load, ValueModel.load, load_tokenizer],
+    "tokenizer.json": [load_tokenizer],
+    "tokenizer_config.json": [load_tokenizer],
+    "reward_stats.json": [RewardModel.load],
+}
+
+
+@pytest.mark.parametrize("file, load", [(f, load) for f in DAMAGED for load in DAMAGED[f]])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[1]"],
+                         ids=["cut", "empty", "other"])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_by_its_folder_with_a_remedy(file, load, damage, tmp_path):
+    policy, folder = gpt2(), tmp_path / "broken"
+    made = {RewardModel.load: RewardModel, ValueModel.load: ValueModel}.get(load)
+    made.from_policy(policy).save(folder) if made else policy.save_pretrained(folder)
+    train_tokenizer(["some text"], 260).save_pretrained(folder)
+    load(folder)  # before the damage
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(ValueError, match="broken.*save it again"):
+        load(folder)
 
 
 def test_an_empty_folder_is_refused_by_name(tmp_path):
@@ -405,6 +514,23 @@ def test_a_saved_reward_model_is_a_sequence_classifier_of_transformers(make, tmp
     got = theirs(ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, 0]
     torch.testing.assert_close(got, reward(ids, mask))
     assert theirs.score.bias is None
+
+
+@torch.no_grad()
+def test_a_padding_token_given_where_the_policy_has_none_serves_transformers(tmp_path):
+    policy = llama()
+    policy.config.pad_token_id = None
+    assert RewardModel.from_policy(policy).config.pad_token_id is None
+    reward = RewardModel.from_policy(policy, pad_id=PAD)
+    reward.save(tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    ids, mask = padded("right")
+    torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[:, 0], reward(ids, mask))
+    assert policy.config.pad_token_id is None  # the policy's own config is not touched
+
+
+def test_the_policys_own_padding_token_is_kept():
+    assert RewardModel.from_policy(gpt2(), pad_id=7).config.pad_token_id == PAD
 
 
 @torch.no_grad()

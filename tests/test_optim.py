@@ -145,6 +145,24 @@ def test_every_broken_metric_is_named():
         finite_metrics("sft", 0, metrics)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e30])  # the norm of 1e30 overflows
+def test_a_broken_weight_stops_the_training_though_every_metric_is_finite(broken):
+    models = two_models()
+    optimizer = adamw(models, {"policy": 0.1, "value": 0.1})
+    assert finite_metrics("ppo", 3, {"a": 1.0}, optimizer) == {"a": 1.0}  # no metric of its own
+    with torch.no_grad():
+        models["value"].weight[0, 3] = broken
+    with pytest.raises(NonFiniteError, match="ppo, step 3: weights/value became"):
+        finite_metrics("ppo", 3, {"a": 1.0}, optimizer)
+
+
+@pytest.mark.parametrize("stage, scored", [("sft", False), ("ppo", True)])
+def test_the_remedy_for_a_broken_metric_is_one_that_the_command_line_takes(stage, scored):
+    with pytest.raises(NonFiniteError, match="--overwrite and a lower --lr") as error:
+        finite_metrics(stage, 0, {"a": math.nan})
+    assert ("score_fn" in str(error.value)) == scored
+
+
 def test_a_non_finite_error_is_a_value_error():
     assert issubclass(NonFiniteError, ValueError)
 

@@ -5,17 +5,24 @@ import gzip
 import io
 import json
 import math
+import os
 import re
+import resource
 from collections import Counter, defaultdict
 
 import pytest
 import torch
+from tiny_runs import forked
+from transformers import AutoTokenizer
 
-from minippo import packaging
+from minippo import cli, packaging
+from minippo.batching import decode_response, encode_prompt
 from minippo.config import DATA_DIR
+from minippo.generation import generate_many
 from minippo.hh import format_prompt, load_preferences
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer, tiny_gpt2
 from minippo.pretrain import train_tokenizer
+from minippo.tinyhh import rows as tiny
 from minippo.tinyhh import world as w
 from minippo.tinyhh.annotator import judge, read_sentences
 
@@ -93,7 +100,9 @@ def test_the_annotator_disagrees_with_its_own_scores_as_often_as_its_temperature
 
 
 def test_the_disagreement_rates_are_those_of_the_card(packaged):
-    """Of the pairs with a gap: 5.7% are turned round in training, 7.3% in the test split."""
+    """Of the pairs with a gap 5.9% are turned round in training and 6.7% in the test split."""
+    card = (DATA_DIR / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"turned +(\S+)% of", card) == ["5.9", "6.7"]
     for split, stated in {"preference": 0.059, "test": 0.067}.items():
         gaps = [row["margin"] for row in packaged[split][0] if row["margin"]]
         assert sum(gap < 0 for gap in gaps) / len(gaps) == pytest.approx(stated, abs=0.0005), split
@@ -158,6 +167,56 @@ def test_writing_twice_gives_the_same_bytes(tmp_path, monkeypatch):
         assert len(load_preferences(first)[0]) == count
 
 
+def limited(action, size: int, log):
+    """Runs an action in a child that may write no file larger than `size`; returns its exit code.
+
+    It stands for a full disk: what is written before the limit stays there.
+    """
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        action()
+
+    return os.waitstatus_to_exitcode(os.waitpid(forked(child, log), 0)[1])
+
+
+def the_line(log) -> str:
+    """The only line that the command said."""
+    text = log.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("minippo:")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def files(folder) -> dict[str, bytes]:
+    """Every file in a folder, the hidden ones too."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("old", [{}, {"preference.jsonl.gz": b"old", "test.jsonl.gz": b"old"}])
+def test_rows_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, monkeypatch, old):
+    monkeypatch.setattr(packaging, "PREFERENCE_PROMPTS", 20)
+    monkeypatch.setattr(packaging, "TEST_PROMPTS", 10)
+    out = tmp_path / "out"
+    (out / "tinyhh").mkdir(parents=True)
+    for name, data in old.items():
+        (out / "tinyhh" / name).write_bytes(data)
+    code = limited(lambda: cli.main(["data", "--out", str(out)]), 1_000, tmp_path / "log")
+    line = the_line(tmp_path / "log")
+    assert code == 2 and "cannot write" in line and "preference.jsonl.gz" in line
+    assert "--out" in line
+    assert files(out / "tinyhh") == old
+
+
+def test_the_card_counts_every_question_once():
+    """One form takes no detail, so 15 forms with 9 details and one alone, of 328 goals."""
+    card = (DATA_DIR / "README.md").read_text(encoding="utf-8")
+    assert sum("{detail}" in form for form in w.FORMS) == 15 == len(w.FORMS) - 1
+    assert len(set(w.DETAILS)) == 9 and " goals 328\n" in card
+    assert f"\ncombinations {328 * (15 * 9 + 1)}\n" in card
+
+
 def test_every_figure_of_the_data_card_is_what_its_command_prints():
     card = DATA_DIR / "README.md"
     if not card.is_file():
@@ -174,10 +233,11 @@ def test_every_figure_of_the_data_card_is_what_its_command_prints():
 # ---------------------------------------------------------------- the trained checkpoints
 
 
-def save_run(folder, stages):
+def save_run(folder, stages, policy=None, tokenizer=None, width=16):
     """A finished run of tiny, untrained models; returns them by stage."""
-    tokenizer = train_tokenizer(["You can water the plants every morning."], 300)
-    policy = tiny_gpt2(len(tokenizer), n_layer=1, n_embd=16, n_head=2, n_positions=32)
+    tokenizer = tokenizer or train_tokenizer(["You can water the plants every morning."], 300)
+    sizes = dict(n_layer=1, n_embd=width, n_head=2, n_positions=32)
+    policy = policy or tiny_gpt2(len(tokenizer), **sizes)
     reward = RewardModel.from_policy(policy)
     reward.mean, reward.std = 0.25, 1.5
     models = {"reward": reward, "value": ValueModel.from_reward_model(reward)}
@@ -209,6 +269,68 @@ def test_checkpoints_are_exported_in_half_precision_and_load_again(tmp_path):
     assert not ValueModel.load(out / "value").classifier.score.weight.any()
 
 
+@pytest.mark.parametrize("width, size", [(16, 500), (16, 9_000), (4, 7_000)])
+def test_checkpoints_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, width, size):
+    """The first file that is too large is the config, the weights, the tokenizer."""
+    save_run(tmp_path / "run", ALL_STAGES, width=width)
+    out = tmp_path / "out"
+    (out / "checkpoints" / "sft").mkdir(parents=True)
+    (out / "checkpoints" / "sft" / "model.safetensors").write_bytes(b"old")
+
+    def export():
+        try:
+            packaging.write_checkpoints(tmp_path / "run", out)
+        except ValueError as error:
+            print(f"minippo: {error}")
+
+    assert limited(export, size, tmp_path / "log") == 0
+    line = the_line(tmp_path / "log")
+    assert "cannot write" in line and "checkpoints" in line and "--out" in line
+    assert files(out) == {"checkpoints/sft/model.safetensors": b"old"}
+
+
+def test_an_export_replaces_its_own_folders_only(tmp_path):
+    save_run(tmp_path / "run", ALL_STAGES)
+    folder = tmp_path / "out" / "checkpoints"
+    for name in ("sft", "mine", ".partial/sft"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "old").write_text("old")
+    packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+    assert {p.name for p in folder.iterdir()} == {*packaging.STAGES, "mine"}
+    assert not (folder / "sft" / "old").exists() and (folder / "mine" / "old").exists()
+
+
+def test_five_checkpoints_of_the_shipped_size_stay_below_eight_million_bytes(tmp_path):
+    tokenizer = train_tokenizer(tiny.pretrain_texts(8000), 2885)
+    assert len(tokenizer) == 2885
+    policy = tiny_gpt2(2885, n_layer=2, n_embd=120, n_head=4, n_positions=256)
+    assert 720_000 < sum(p.numel() for p in policy.parameters()) < 730_000
+    save_run(tmp_path / "run", ALL_STAGES, policy, tokenizer)
+    packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+    out = tmp_path / "out" / "checkpoints"
+    assert sum(map(len, files(out).values())) < 8_000_000
+    texts = [*tiny.pretrain_texts(50, seed=1), "na\u00efve caf\u00e9 \u2603 <|endoftext|>"]
+    for again in (AutoTokenizer.from_pretrained(out / "sft"), load_tokenizer(out / "sft")):
+        assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+        assert (again.pad_token_id, again.eos_token_id) == (0, 1)
+
+
+def test_a_missing_run_is_refused_before_the_rows_are_written(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="none has no finished stage 'pretrain'.*--name none"):
+        packaging.write_data(out, tmp_path / "none")
+    assert not out.exists()
+
+
+def test_rows_and_checkpoints_are_written_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaging, "PREFERENCE_PROMPTS", 2)
+    monkeypatch.setattr(packaging, "TEST_PROMPTS", 2)
+    save_run(tmp_path / "run", ALL_STAGES)
+    packaging.write_data(tmp_path / "out", tmp_path / "run")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"tinyhh", "checkpoints"}
+
+
 def test_an_unfinished_run_is_refused_with_the_stage_and_the_remedy(tmp_path):
     save_run(tmp_path / "run", ("pretrain", "sft"))
     with pytest.raises(ValueError, match="no finished stage 'reward'.*minippo reward"):
@@ -220,3 +342,11 @@ def test_an_unfinished_run_writes_nothing(tmp_path):
     with contextlib.suppress(ValueError):
         packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_policy_answers_a_question_of_the_world():
+    policy, tokenizer = load_policy("sft"), load_tokenizer("sft")
+    prompt = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
+    (answer,) = generate_many(policy, [prompt], tokenizer, 48, seed=0)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert decode_response(tokenizer, answer)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from minippo.config import PPOConfig
@@ -43,6 +44,14 @@ def models(scale=0.2):
     with torch.no_grad():
         policy.transformer.ln_f.bias.add_(0.8 * policy.lm_head.weight[EOS])
     return policy, frozen_copy(gpt2(2, scale=scale)), value_model
+
+
+def with_dropout(model):
+    """The model as somebody may hand it over: with dropout, in train mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    return model.train()
 
 
 def rule(tokens, attention_mask, query_length):
@@ -296,6 +305,24 @@ def test_with_tiny_learning_rates_the_ratio_stays_one():
         assert metrics["policy/approx_kl"] < 1e-8 and metrics["policy/clip_frac"] == 0
 
 
+def test_dropout_is_off_in_all_four_models_in_whatever_mode_they_came(monkeypatch):
+    four = [*models(), RewardModel.from_policy(gpt2(5, width=32))]
+    quiet = train(score_fn=four[3], trio=copy.deepcopy(four[:3]))
+    four, log_ratios = [with_dropout(model) for model in four], []
+
+    def spy(policy, ref_policy, value_model, batch, config):
+        places = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
+        logits = response_logits(policy, *places).detach()
+        logprobs = torch.log_softmax(logits, -1).gather(-1, batch.response[..., None]).squeeze(-1)
+        log_ratios.append(float((logprobs - batch.logprobs)[batch.mask].abs().max()))
+        return ppo_loss(policy, ref_policy, value_model, batch, config)
+
+    monkeypatch.setattr("minippo.ppo.ppo_loss", spy)
+    assert train(score_fn=four[3], trio=four[:3]) == quiet
+    assert log_ratios[0] <= 1e-5 and max(log_ratios) > 1e-3  # the first minibatch, and later ones
+    assert not any(model.training for model in four)
+
+
 def test_a_history_has_the_keys_of_the_course_and_floats_only():
     (metrics, *_) = train()
     expected = (
@@ -539,13 +566,47 @@ def test_an_infinite_loss_stops_the_training_and_names_it():
         train(config, lambda *args: rule(*args) + 100)
 
 
-def test_prompts_beyond_the_context_are_refused_before_anything_is_done():
-    def untouched(*args):
-        raise AssertionError("a rollout was made")
+def untouched(*args):
+    raise AssertionError("a rollout was made")
 
-    config = dataclasses.replace(CONFIG, max_prompt_tokens=23)
-    with pytest.raises(ValueError, match="33.*32"):
-        train(config, untouched)
+
+@pytest.mark.parametrize("length", [23, 40])
+def test_prompts_beyond_the_context_are_refused_whatever_the_configured_limit(length):
+    assert CONFIG.max_prompt_tokens == 8  # prompts are cut in batching, which may be left out
+    with pytest.raises(ValueError, match=f"{length + 10}.*32.*GPT2LMHeadModel.*max_prompt_tokens"):
+        train(score_fn=untouched, prompts=[*PROMPTS, [5] * length])
+
+
+def test_prompts_that_fit_are_taken_whatever_the_configured_limit():
+    config = dataclasses.replace(CONFIG, steps=1, max_prompt_tokens=128)
+    assert len(train(config, prompts=[*PROMPTS, [5] * 22])) == 1
+
+
+@pytest.mark.parametrize("name", ["ref_policy", "value_model", "score_fn"])
+def test_the_context_of_every_model_must_hold_prompt_and_answer(name):
+    short = tiny_gpt2(V, n_layer=1, n_embd=16, n_head=2, n_positions=14)
+    given = dict(zip(("policy", "ref_policy", "value_model"), models(), strict=True))
+    given["score_fn"] = RewardModel.from_policy(gpt2(5))
+    kinds = {"ref_policy": frozen_copy, "value_model": ValueModel.from_policy}
+    given[name] = kinds.get(name, RewardModel.from_policy)(short)
+    with pytest.raises(ValueError, match=f"15.*14.*{type(given[name]).__name__}"):
+        train_ppo(*given.values(), PROMPTS, TOKENIZER, CONFIG)
+
+
+def test_a_policy_that_is_its_own_reference_is_refused():
+    policy, _, value_model = models()
+    with pytest.raises(ValueError, match=r"frozen_copy\(policy\)"):
+        train(score_fn=untouched, trio=(policy, policy, value_model))
+
+
+@pytest.mark.parametrize("name", ["policy", "value"])
+def test_a_step_that_breaks_weights_at_a_finite_loss_is_not_handed_on(name):
+    rates = {"lr": 1e30} if name == "policy" else {"value_lr": 1e30}
+    config = dataclasses.replace(CONFIG, ppo_epochs=1, **rates)  # no loss comes after that step
+    hooks = Recorder()
+    with pytest.raises(NonFiniteError, match=f"ppo, step 0: weights/{name} became"):
+        train(config, hooks=hooks)
+    assert not hooks.metrics
 
 
 def test_fewer_prompts_than_a_batch_are_all_used():

@@ -138,19 +138,11 @@ def test_margin_on_some_pairs_only_gives_a_ranking_without_scores():
         assert [row["candidates"] for row in rows] == [["a", "b", "c"]] and "scores" not in rows[0]
 
 
-def test_batches_are_rectangular_and_hold_every_row_once():
+def test_batches_are_of_one_size_and_hold_every_ranking_once():
     sizes = [4, 2, 4, 3, 2, 2, 4, 2, 2]
-    rows = [{"id": i, "candidates": ["x"] * size} for i, size in enumerate(sizes)]
-    batches = list(ranked_batches(rows, 2))
-    ids = [[row["id"] for row in batch] for batch in batches]
-    assert ids == [[0, 2], [6], [1, 4], [5, 7], [8], [3]]
-    assert all(len({len(row["candidates"]) for row in batch}) == 1 for batch in batches)
-
-
-@pytest.mark.parametrize(("candidates", "size"), [(["a"], 2), ([], 2), (["a", "b"], 0)])
-def test_batches_of_one_candidate_or_of_no_row_are_refused(candidates, size):
-    with pytest.raises(ValueError, match="2 candidates"):
-        list(ranked_batches([{"candidates": candidates}], size))
+    batches = ranked_batches(sizes, 2)
+    assert batches == [[0, 2], [6], [1, 4], [5, 7], [8], [3]]
+    assert all(len({sizes[place] for place in batch}) == 1 for batch in batches)
 
 
 def test_pairs_written_in_the_hh_format_are_read_back_and_grouped_again(tmp_path):

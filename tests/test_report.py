@@ -2,11 +2,15 @@
 
 import base64
 import json
+import os
 import re
+import resource
 from html.parser import HTMLParser
 
 import pytest
+from tiny_runs import forked
 
+from minippo import cli
 from minippo.plots import (
     COLOURS,
     figure_to_png_base64,
@@ -255,6 +259,52 @@ def test_a_second_report_replaces_the_first_and_is_the_same(tmp_path):
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
     assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_report_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path):
+    folder, log = whole_run(tmp_path / "run"), tmp_path / "log"
+    write_report(folder)
+    (folder / "report.html").write_text("old")
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        cli.main(["report", "--out", str(tmp_path), "--name", "run"])
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(limited, log), 0)[1]) == 2
+    (line,) = [x for x in log.read_text().splitlines() if x.startswith("minippo:")]
+    assert "cannot write" in line and "report.html" in line and "--out" in line
+    assert (folder / "report.html").read_text() == "old"
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_notes_stand_under_the_final_table(tmp_path):
+    notes = ["512 test prompts", "KL of best-of-16 is an upper bound"]
+    evaluation = {**EVALUATION, "notes": notes}
+    text = read(write_report(run_folder(tmp_path / "run", evaluation=evaluation))).text
+    places = [text.index(part) for part in ("88.3% [85.2, 90.8]", *notes, "Critic")]
+    assert places == sorted(places)
+
+
+def test_the_reward_models_agreement_is_shown_part_by_part(tmp_path):
+    """From all pairs to those of one part, each as a number and as a bar."""
+    quality = {"held_out_pairs": 7168, "accuracy": 0.901, "low": 0.894, "high": 0.908}
+    quality |= {"concise": 0.625, "harmless": 0.75, "noiseless": 0.875, "seen topics": 0.8745}
+    quality |= {"unseen topics": 0.8, "correlation": 0.9}
+    evaluation = {**EVALUATION, "reward_model": quality}
+    page = read(write_report(run_folder(tmp_path / "run", evaluation=evaluation)))
+    bars = [float(a["value"]) for tag, a in page.tags if tag == "meter"]
+    assert bars == [0.875, 0.8745, 0.8, 0.625, 0.75]
+    places = [page.text.index(part) for part in ("7168", "90.1%", "89.4%", "0.900", "noiseless")]
+    assert places == sorted(places)
+    rows = r"their score87\.5%.*not trained on80\.0%.*more concise62\.5%.*more harmless75\.0%"
+    assert re.search(rows, page.text)
+
+
+def test_without_an_agreement_there_are_no_bars(tmp_path):
+    evaluation = {**EVALUATION, "reward_model": {"held_out_pairs": 20, "accuracy": 0.5}}
+    page = read(write_report(run_folder(tmp_path / "run", evaluation=evaluation)))
+    assert not [tag for tag, _ in page.tags if tag == "meter"]
+    assert "noiseless" not in page.text
 
 
 # --- figures ----------------------------------------------------------------------------------

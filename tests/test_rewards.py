@@ -5,8 +5,12 @@ import statistics
 import pytest
 import torch
 
-from minippo.rewards import per_token_rewards, penalize_missing_eos, prompt_values
-from minippo.rewards import standardize_scores
+from minippo.rewards import (
+    penalize_missing_eos,
+    per_token_rewards,
+    prompt_values,
+    standardize_scores,
+)
 
 EOS = 9
 NAN = float("nan")

@@ -14,7 +14,13 @@ from minippo.generation import generate_many
 from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_loss, ppo_update
-from minippo.rollout import Rollout, collect_rollout, estimate_advantages, rollout_metrics
+from minippo.rollout import (
+    Rollout,
+    _checked_scores,
+    collect_rollout,
+    estimate_advantages,
+    rollout_metrics,
+)
 
 V, PAD, EOS = 40, 0, 1
 IDS = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
@@ -268,6 +274,41 @@ def test_a_score_fn_of_the_wrong_shape_is_refused(world, wrong):
         world.rollout(score_fn=lambda *args: wrong(rule(*args)))
 
 
+@pytest.mark.parametrize("micro, sizes", [(8, [8]), (3, [3, 3, 2]), (1, [1] * 8)])
+def test_score_fn_sees_no_more_answers_at_once_than_the_models_do(world, rollout, micro, sizes):
+    seen = []
+
+    def spy(tokens, attention_mask, query_length):
+        seen.append((tokens, attention_mask))
+        return rule(tokens, attention_mask, query_length)
+
+    # A config refuses a size that does not divide the batch; a last batch may be smaller still.
+    config = SimpleNamespace(**{**dataclasses.asdict(CONFIG), "micro_batch_size": micro})
+    scored = world.rollout(config, score_fn=spy)
+    assert [len(tokens) for tokens, _ in seen] == sizes
+    for i, name in enumerate(["tokens", "attention_mask"]):
+        assert torch.equal(torch.cat([pair[i] for pair in seen]), getattr(rollout, name))
+    torch.testing.assert_close(scored.raw_scores, rollout.raw_scores, rtol=0, atol=0)
+
+
+def test_a_wrong_shape_is_refused_for_any_part_of_the_answers(world):
+    calls = []
+
+    def wrong_at_last(*args):
+        calls.append(1)
+        return rule(*args) if len(calls) < 4 else rule(*args)[:-1]
+
+    config = dataclasses.replace(CONFIG, micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"score_fn.*\(2,\).*got \(1,\)"):
+        world.rollout(config, score_fn=wrong_at_last)
+
+
+def test_scores_from_another_device_come_to_that_of_the_answers():
+    tokens = torch.zeros(3, 5, dtype=torch.long, device="meta")  # any device that is not the CPU
+    scores = _checked_scores(lambda *args: torch.ones(3), 2, tokens, tokens)
+    assert scores.device.type == "meta"
+
+
 def test_scores_of_other_types_become_float32(world, rollout):
     whole = world.rollout(score_fn=lambda tokens, mask, q: tokens[:, -1])
     double = world.rollout(score_fn=lambda *args: rule(*args).double())
@@ -345,6 +386,27 @@ def test_the_micro_batch_size_does_not_change_the_rollout(world, rollout, micro)
     for field in dataclasses.fields(Rollout):
         got, expected = getattr(other, field.name), getattr(rollout, field.name)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_single_token_that_counts_gives_finite_numbers(world):
+    """One token has no variance: it is not whitened, and nothing is left to be explained."""
+    config = dataclasses.replace(CONFIG, max_response_tokens=1, whiten_advantages=True)
+    one = world.rollout(config, prompts=[[5, 6]])
+    assert one.mask.tolist() == [[True]]
+    expected = one.rewards - one.values
+    torch.testing.assert_close(one.advantages, expected, **CLOSE)
+    metrics = rollout_metrics(one, EOS)
+    assert all(math.isfinite(float(value)) for value in metrics.values())
+    assert float(metrics["value/explained_variance"]) == 1
+
+
+def test_models_in_float64_give_a_rollout_in_float64():
+    double = World()
+    for model in (double.policy, double.ref_policy, double.value_model):
+        model.double()
+    names = "logprobs ref_logprobs values kl entropy rewards advantages returns"
+    rollout = double.rollout()
+    assert {getattr(rollout, name).dtype for name in names.split()} == {torch.float64}
 
 
 def test_two_rollouts_of_one_seed_are_identical_and_of_two_seeds_are_not(world, rollout):

@@ -15,11 +15,14 @@ import torch
 from tiny_runs import contents, forked, run, write_pairs
 
 import minippo.sft
+from minippo import files
 from minippo import run as run_module
 from minippo.config import RunConfig, SFTConfig
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
-from minippo.run import Run
+from minippo.optim import NonFiniteError
+from minippo.run import Interrupted, Run
 
+SMALL_WARMUP = {"prompts": 40, "held-out": 8, "batch-size": 8}
 STAGES = ("pretrain", "sft", "reward", "value", "ppo")
 LOADERS = {"reward": RewardModel.load, "value": ValueModel.load}
 
@@ -204,7 +207,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(story, tmp_path):
     said = [line for line in log.read_text().splitlines() if line.startswith("minippo:")]
     assert len(said) == 1 and "--resume" in said[0] and "saved after step" in said[0]
     assert "Traceback" not in log.read_text()
-    assert Run.find(_config(tmp_path), "sft").startswith(str(folder / "sft" / "step-"))
+    assert (folder / "sft" / "latest").read_text().startswith("step-")
     assert partials(folder) == []
 
 
@@ -231,20 +234,121 @@ def _config(out: Path) -> RunConfig:
     return RunConfig(name="r", out=out)
 
 
+def started(out: Path, stages=("sft",)) -> Run:
+    """A run of one step in its first stage, right after that step, with a model of one weight."""
+    opened = Run(_config(out), {name: SFTConfig() for name in stages})
+    opened.start("sft", 1, {"policy": OneWeight()})
+    opened.step("sft", 0, {"loss/lm": 1.0})
+    return opened
+
+
+class OneWeight(torch.nn.Module):
+    """The smallest thing that a run can save."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "weight.json").write_text(json.dumps(self.weight.item()))
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [(("sft", "reward"), "go on with --resume"), (("sft",), "nothing is left to do")],
+)
+def test_ctrl_c_after_the_last_step_of_a_stage_stops_when_the_stage_is_saved(
+    tmp_path, stages, said
+):
+    opened = started(tmp_path, stages)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"sft is finished and saved; {said}"):
+        opened.finish("sft")
+    assert opened.finished("sft")
+
+
+def test_ctrl_c_between_two_stages_of_a_demo_is_not_left_to_the_next_one(
+    story, tmp_path, monkeypatch, capfd
+):
+    """ppo warms up its critic first: two stages in one command."""
+    data, folder = story / "pairs.jsonl", before(story, tmp_path, "value")
+    original = Run.finish
+
+    def pressed(self, stage):
+        signal.raise_signal(signal.SIGINT)
+        original(self, stage)
+
+    small = [f"--warmup.{key}={value}" for key, value in SMALL_WARMUP.items()]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Run, "finish", pressed)
+        run("ppo", tmp_path, data, *small)
+    assert end.value.code == 130
+    assert "value is finished and saved; go on with --resume" in capfd.readouterr().err
+    assert not (folder / "ppo").exists()
+    run("ppo", tmp_path, data, "--resume")
+    assert (folder / "ppo" / "latest").read_text() == "final"
+
+
+def test_the_handler_of_ctrl_c_that_was_there_before_is_there_again(tmp_path):
+    def mine(signum, frame):
+        pass
+
+    signal.signal(signal.SIGINT, mine)
+    opened = started(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is not mine
+    opened.finish("sft")
+    assert signal.getsignal(signal.SIGINT) is mine
+
+
+# what may not be written
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("finished", [False, True])
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path, broken, finished):
+    opened = started(tmp_path)
+    kept = opened.save("sft", 1)
+    with torch.no_grad():
+        opened.state["policy"].weight.fill_(broken)
+    with pytest.raises(NonFiniteError, match="sft: weights of the policy .*--overwrite"):
+        opened.save("sft", 2, finished)
+    assert opened.latest("sft") == kept and partials(tmp_path) == []
+    assert [path.name for path in kept.parent.iterdir() if path.is_dir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_results_that_are_no_numbers_are_named_and_not_written(tmp_path, number):
+    opened = Run(_config(tmp_path), {"sft": SFTConfig()})
+    with pytest.raises(NonFiniteError, match=r"e.json was not written: table.1.reward is NaN or"):
+        opened.write_json("e.json", {"table": [{"reward": 1.0}, {"reward": number}]})
+    with pytest.raises(NonFiniteError, match="s.jsonl was not written: gold.PPO is NaN or"):
+        opened.write_rows("s.jsonl", [{"gold": {"PPO": 1.0}}, {"gold": {"PPO": number}}])
+    assert not (tmp_path / "r").exists()
+
+
+def test_windows_is_not_asked_for_what_it_cannot_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", full)
+    files.sync(tmp_path)
+    files.sync(tmp_path / "file")
+
+
 # a disk that is full or read-only
 
 
-def full(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def full(*args, code: int = errno.ENOSPC, **kwargs):
+    raise OSError(code, os.strerror(code))
 
 
-def fail_from(patch, target, name: str, calls: int) -> None:
-    """The function works `calls` times, then the disk is full."""
+def fail_from(patch, target, name: str, calls: int, code: int) -> None:
+    """The function works `calls` times, then the disk is full, or is read-only all at once."""
     original, left = getattr(target, name), [calls]
 
     def limited(*args, **kwargs):
         left[0] -= 1
-        return original(*args, **kwargs) if left[0] >= 0 else full()
+        return original(*args, **kwargs) if left[0] >= 0 else full(code=code)
 
     patch.setattr(target, name, limited)
 
@@ -263,20 +367,27 @@ def the_line(said: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize(
     ("target", "name", "calls"),
-    [(run_module, "save_file", 1), (os, "fsync", 12), (Path, "write_text", 5), (Path, "rename", 1)],
+    [
+        (run_module, "save_file", 1),
+        (os, "fsync", 12),
+        (Path, "write_bytes", 3),  # the state of the second checkpoint
+        (Path, "write_bytes", 4),  # the pointer to it
+        (Path, "rename", 1),
+    ],
 )
-def test_a_full_disk_keeps_the_last_checkpoint(
-    story, tmp_path, monkeypatch, capfd, target, name, calls
+def test_a_full_or_read_only_disk_keeps_the_last_checkpoint(
+    story, tmp_path, monkeypatch, capfd, target, name, calls, code
 ):
     data, folder = story / "pairs.jsonl", before(story, tmp_path, "sft")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        fail_from(patch, target, name, calls)
+        fail_from(patch, target, name, calls, code)
         run("sft", tmp_path, data)
     assert end.value.code == 2
     line = the_line(capfd.readouterr().err)
-    assert "cannot write" in line and "No space left" in line and "--out" in line
+    assert "cannot write" in line and os.strerror(code) in line and "--out" in line
     assert_last_checkpoint_is_good(folder, "sft")
     run("sft", tmp_path, data, "--resume")
     assert contents(folder) == as_after(story, "sft")
@@ -306,6 +417,7 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_said_too(story, tmp_path):
     def limited():
         writer = Run(_config(tmp_path), {"sft": SFTConfig()})
         writer.tokenizer = load_tokenizer(story / "whole" / "sft" / "final")
+        writer.state = {"policy": OneWeight()}
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
         try:
             writer.save("sft", 1, finished=True)
@@ -316,6 +428,17 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_said_too(story, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert log.read_text().startswith("cannot write") and "too large" in log.read_text()
     assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ['{"run": {"name"', "", "[1, 2]", b"\xff\xfe{"])
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--overwrite"]])
+def test_a_torn_config_is_named_with_the_remedy(story, tmp_path, capfd, text, options):
+    folder = before(story, tmp_path, "sft")
+    torn = text if isinstance(text, bytes) else text.encode()
+    (folder / "config.json").write_bytes(torn)
+    line = refused(capfd, "sft", tmp_path, story / "pairs.jsonl", *options)
+    assert str(folder / "config.json") in line and "--name" in line
+    assert (folder / "config.json").read_bytes() == torn and not (folder / "sft").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -342,15 +465,19 @@ def test_a_reward_that_is_no_number_stops_ppo_and_keeps_the_checkpoint(
     story, tmp_path, monkeypatch, capfd, broken
 ):
     data, folder = story / "pairs.jsonl", before(story, tmp_path, "ppo")
-    original, calls = RewardModel.forward, [0]
+    original, original_step, done = RewardModel.forward, Run.step, []
 
     def forward(self, *args):
-        calls[0] += 1
         scores = original(self, *args)
-        return scores if calls[0] < 4 else scores.index_fill(0, torch.tensor([0]), broken)
+        return scores if len(done) < 3 else scores.index_fill(0, torch.tensor([0]), broken)
+
+    def step(self, stage, now, metrics):
+        original_step(self, stage, now, metrics)
+        done.append(now)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(RewardModel, "forward", forward)
+        patch.setattr(Run, "step", step)
         run("ppo", tmp_path, data)
     line = the_line(capfd.readouterr().err)
     assert end.value.code == 2
@@ -423,7 +550,7 @@ def test_resume_with_changed_settings_is_refused(
 def test_resume_with_changed_warm_up_settings_is_refused(story, tmp_path, monkeypatch, capfd):
     data = story / "pairs.jsonl"
     before(story, tmp_path, "value")
-    small = ["--warmup.prompts", "40", "--warmup.held-out", "8", "--warmup.batch-size", "8"]
+    small = [f"--warmup.{key}={value}" for key, value in SMALL_WARMUP.items()]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 2)
         run("ppo", tmp_path, data, *small)

@@ -21,9 +21,10 @@ NOTEBOOKS = ROOT / "notebooks"
 
 BUDGETS = {
     # Docstrings, comments and blank lines not counted. The aim was 750. The settings (about 150)
-    # and the HH-RLHF reader (about 200) alone are more than a quarter of what there is. 25 lines
-    # more than first reached are refusals of input that failed silently before.
-    "code lines, settings to learning": 1280,
+    # and the HH-RLHF reader (about 200) alone are more than a quarter of what there is; 65 more than
+    # first reached are refusals of what failed silently before, and BOS, rankings of mixed K and
+    # autocast in one place.
+    "code lines, settings to learning": 1320,
     "lines of a function": 30,  # from def to its end, the docstring not counted
     "lines of a formula's body": 10,  # comments and blank lines not counted
     "nesting in a function": 3,
@@ -41,7 +42,9 @@ LADDER = {
     "worlds": ["oracle", "tinyhh.world", "tinyhh.annotator", "tinyhh.rows", "tinyhh"],
     "seeing": ["evaluation", "plots", "xray"],
     "the package itself": [""],  # minippo/__init__.py may offer all of the above, none may use it
-    "using": ["report", "checks", "sources", "run", "packaging", "stages", "chat", "doctor"],
+    "using": [
+        *("files", "report", "checks", "sources", "run", "packaging", "stages", "chat", "doctor")
+    ],
     "the command line": ["cli", "__main__"],
 }
 ORDER = [module for rung in LADDER.values() for module in rung]

@@ -7,9 +7,11 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minippo import pretrain, reward_model, sft, value_model
 from minippo.batching import Encoded
 from minippo.config import PretrainConfig, RewardConfig, SFTConfig, ValueConfig
 from minippo.models import RewardModel, ValueModel, tiny_gpt2
@@ -207,13 +209,6 @@ def test_sft_is_deterministic_and_depends_on_its_seed():
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_sft_refuses_lengths_beyond_the_context_before_any_step():
-    hooks = Recorder()
-    with pytest.raises(ValueError, match="32"):
-        train_sft(gpt2(), ROWS, dataclasses.replace(SFT, max_prompt_tokens=30), PAD, hooks=hooks)
-    assert not hooks.calls
-
-
 def test_sft_stops_where_its_loss_is_not_finite():
     policy = gpt2()
     with torch.no_grad():
@@ -316,6 +311,15 @@ def test_standardise_on_remembers_mean_and_std_by_hand():
     assert type(reward_model.mean) is type(reward_model.std) is float
 
 
+@pytest.mark.parametrize("scores", [[[2.0]], [[0.1, 0.1], [0.1, 0.1]], [[1.0, math.nan]],
+                                    [[1.0, math.inf]]])  # fmt: skip
+def test_reference_scores_without_a_standard_deviation_are_refused(scores):
+    reward_model = RewardModel.from_policy(gpt2())
+    with pytest.raises(ValueError, match="reference scores.*standard deviation"):
+        standardise_on(reward_model, scores)
+    assert (reward_model.mean, reward_model.std) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_the_reward_model_takes_the_same_steps_in_micro_batches(micro, with_margin):
@@ -327,6 +331,23 @@ def test_the_reward_model_takes_the_same_steps_in_micro_batches(micro, with_marg
         histories.append(train_reward_model(reward_model, rows, config, PAD, margins))
     for one, two in zip(*histories, strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 6])
+def test_rankings_of_different_sizes_share_a_step_and_each_counts_once(micro):
+    """The loss of the step is the mean over prompts of each one's mean over its own pairs."""
+    rows = [Encoded(i, [5, 6], [[7 + i + k, EOS] for k in range(2 + i % 3)]) for i in range(6)]
+    reward_model, by_hand = RewardModel.from_policy(fresh_gpt2()), []
+    with torch.no_grad():
+        for row in rows:
+            (scores,) = score_responses(reward_model, [row], PAD).tolist()
+            pairs = combinations(range(len(scores)), 2)
+            losses = [math.log1p(math.exp(scores[j] - scores[i])) for i, j in pairs]
+            by_hand.append(sum(losses) / len(losses))
+    assert [len(s) for s in score_all(reward_model, rows, PAD)] == [2, 3, 4, 2, 3, 4]
+    config = dataclasses.replace(REWARD, batch_size=6, micro_batch_size=micro, epochs=1, lr=1e-9)
+    history = train_reward_model(reward_model, rows, config, PAD)
+    assert history[0]["loss/reward"] == pytest.approx(sum(by_hand) / 6, rel=1e-5)
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -396,12 +417,6 @@ def test_reward_training_is_deterministic_and_depends_on_its_seed():
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_reward_training_refuses_lengths_beyond_the_context():
-    config = dataclasses.replace(REWARD, max_response_tokens=30)
-    with pytest.raises(ValueError, match="32"):
-        train_reward_model(RewardModel.from_policy(gpt2()), RANKED, config, PAD)
-
-
 # --- critic warm-up -----------------------------------------------------------------------------
 
 
@@ -431,6 +446,13 @@ def test_explained_variance_is_that_of_the_value_at_the_prompt_by_hand():
     expected = 1 - sum(errors) / 4 / variance
     got = prompt_explained_variance(value_model, ROWS, targets, PAD)
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", [[0.5], [0.5, 0.5, 0.5]])
+def test_targets_without_variance_have_none_to_explain(targets):
+    rows = ROWS[: len(targets)]
+    with pytest.raises(ValueError, match=f"{len(targets)} held-out prompts"):
+        prompt_explained_variance(ValueModel.from_policy(gpt2()), rows, targets, PAD)
 
 
 def toy_values(count, seed):
@@ -519,11 +541,6 @@ def test_pretraining_learns_its_texts():
     assert hooks.started == ("pretrain", 40) and metrics == hooks.calls[-1][2]
 
 
-def test_pretraining_refuses_a_text_beyond_the_context():
-    with pytest.raises(ValueError, match="33.*32"):
-        train_lm(gpt2(), [[5] * 33], PRETRAIN, PAD)
-
-
 def test_a_tokenizer_is_the_same_when_trained_again_and_takes_any_text():
     one, two = (train_tokenizer(TEXTS, 280) for _ in range(2))
     assert one.get_vocab() == two.get_vocab()
@@ -531,7 +548,94 @@ def test_a_tokenizer_is_the_same_when_trained_again_and_takes_any_text():
     assert one.decode(one.encode(text, add_special_tokens=False)) == text
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "value", "pretrain"])
+# --- what all trainings share ---------------------------------------------------------------------
+
+
+def sequences(rows):
+    return [row.prompt + row.responses[0] for row in rows]
+
+
+# Each takes a base model, rows of 2 answers at least, options of its config, and hooks; the limits
+# are the defaults, which no model in here could hold.
+LONG = {"max_prompt_tokens": 128, "max_response_tokens": 48}
+STAGES = {
+    "sft": lambda base, rows, hooks=None, **options: train_sft(
+        base, rows, dataclasses.replace(SFT, **LONG, **options), PAD, hooks=hooks
+    ),
+    "reward": lambda base, rows, hooks=None, **options: train_reward_model(
+        RewardModel.from_policy(base), rows, dataclasses.replace(REWARD, **LONG, **options), PAD,
+        hooks=hooks,
+    ),
+    "value": lambda base, rows, hooks=None, **options: train_value_model(
+        ValueModel.from_policy(base), rows, [1.0, 2.0, 3.0, 4.0],
+        dataclasses.replace(VALUE, **options), PAD, hooks=hooks,
+    ),
+    "pretrain": lambda base, rows, hooks=None, **options: train_lm(
+        base, sequences(rows), dataclasses.replace(PRETRAIN, steps=2, **options), PAD, hooks=hooks
+    ),
+}  # fmt: skip
+EVERY_STAGE = pytest.mark.parametrize("stage", STAGES)
+
+
+@EVERY_STAGE
+@pytest.mark.parametrize("length, fits", [(32, True), (33, False)])
+def test_the_rows_that_are_given_must_fit_the_context_not_the_configured_limits(
+    stage, length, fits
+):
+    hooks = Recorder()
+    long = Encoded(0, [5] * (length - 3), [[6, 7, EOS], [8, EOS], [EOS]])
+    rows = [long, *RANKED[1:]]
+    if fits:
+        assert STAGES[stage](gpt2(), rows, hooks) and hooks.calls
+        return
+    with pytest.raises(ValueError, match="33.*32"):
+        STAGES[stage](gpt2(), rows, hooks)
+    assert not hooks.calls
+
+
+@EVERY_STAGE
+def test_a_step_that_breaks_weights_at_a_finite_loss_is_not_handed_on(stage):
+    hooks, name = Recorder(), {"sft": "policy", "pretrain": "policy"}.get(stage, stage)
+    with pytest.raises(NonFiniteError, match=f"{stage}, step 0: weights/{name} became"):
+        STAGES[stage](gpt2(), RANKED, hooks, lr=1e30)
+    assert not hooks.calls
+
+
+@EVERY_STAGE
+def test_dropout_is_off_in_whatever_mode_a_model_came(stage, monkeypatch):
+    expected = STAGES[stage](gpt2(), RANKED)
+
+    def in_train_mode(classifier_or_policy):
+        for module in classifier_or_policy.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        return classifier_or_policy.train()
+
+    for kind in (RewardModel, ValueModel):
+        made = kind.from_policy  # bound before it is replaced
+        monkeypatch.setattr(kind, "from_policy", lambda base, made=made: in_train_mode(made(base)))
+    assert STAGES[stage](in_train_mode(gpt2()), RANKED) == expected
+
+
+@EVERY_STAGE
+def test_a_training_in_half_precision_computes_its_losses_in_single(stage, monkeypatch):
+    """What CUDA does, on the CPU: bfloat16 in the models, float32 in the formulas."""
+    single, seen = STAGES[stage](gpt2(), RANKED), []
+    module, formula = {
+        "sft": (sft, "lm_loss"), "reward": (reward_model, "ranking_loss"),
+        "value": (value_model, "masked_mean"), "pretrain": (pretrain, "lm_loss"),
+    }[stage]  # fmt: skip
+    real = getattr(module, formula)
+    monkeypatch.setattr(module, formula, lambda x, *args: seen.append(x.dtype) or real(x, *args))
+    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    half = STAGES[stage](gpt2(), RANKED)
+    assert set(seen) == {torch.float32}
+    losses = [next(iter((h[0] if isinstance(h, list) else h).items())) for h in (single, half)]
+    assert losses[1] != losses[0]  # the models did compute in bfloat16
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=0.05)
+
+
+@EVERY_STAGE
 def test_a_training_without_rows_is_refused(stage, monkeypatch):
     from minippo import batching
 
@@ -543,11 +647,5 @@ def test_a_training_without_rows_is_refused(stage, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(batching, "epoch_batches", counting)
-    run = {
-        "sft": lambda: train_sft(gpt2(), [], SFT, PAD),
-        "reward": lambda: train_reward_model(RewardModel.from_policy(gpt2()), [], REWARD, PAD),
-        "value": lambda: train_value_model(ValueModel.from_policy(gpt2()), [], [], VALUE, PAD),
-        "pretrain": lambda: train_lm(gpt2(), [], PRETRAIN, PAD),
-    }[stage]
-    with pytest.raises(ValueError):
-        run()
+    with pytest.raises(ValueError, match="there are no rows"):
+        STAGES[stage](gpt2(), [])

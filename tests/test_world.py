@@ -303,11 +303,11 @@ def test_at_least_128_of_the_512_prompts_of_the_evaluation_are_harmful():
     assert sum(w.read_request(row["instruction"], row["history"])[1] for row in rows) >= 128
 
 
-def test_the_base_models_text_is_dialogues_and_one_note_in_five():
+def test_the_base_models_text_is_dialogues_and_two_notes_in_five():
     texts = tiny.pretrain_texts(200)
     notes = [text for text in texts if text.startswith("Notes on ")]
     dialogues = [parse_dialogue(text) for text in texts if text not in notes]
-    assert len(notes) == 40
+    assert len(notes) == 80
     assert {role for turns in dialogues for role, _ in turns} == {"Human", "Assistant"}
     assert texts == tiny.pretrain_texts(200) != tiny.pretrain_texts(200, seed=1)
 

@@ -34,7 +34,7 @@ def write_pairs(path: Path, count: int) -> Path:
     rng, rows = random.Random(1), []
     while len(rows) < count:
         words = rng.sample(["tea", "soup", "bread", "rice", "cake", "beans", "fish", "eggs"], 3)
-        question, history = f"How do I make {words[0]}?", []
+        question, history = f"How do I make {words[0]} {len(rows)}?", []  # all different
         if len(rows) % 4 == 0:
             history = [[f"I like {words[1]}.", "So do I."]]
         chosen, rejected = f"Boil {words[0]} with {words[2]}.", f"No {words[2]}."

@@ -1,6 +1,7 @@
 """TinyHH as data: prompts, demonstrations, and texts for the base model."""
 
 import random
+import re
 
 from minippo.hh import format_dialogue, format_prompt
 from minippo.tinyhh import world as w
@@ -41,18 +42,34 @@ def _conversation(request: w.Request) -> dict:
 
 
 def pretrain_texts(count: int, seed: int = 0) -> list[str]:
-    """Dialogues of the pretrain split, and one text in five plain notes on a subject."""
+    """Dialogues of the pretrain split, and two texts in five plain notes on a subject.
+
+    Notes are dense: a dialogue names one goal and two phrases of its subject, notes name nearly all
+    of them, and it is there that the base learns which words belong together.
+    """
     texts = []
     for index, row in enumerate(demonstrations("pretrain", count, w.PRETRAIN_MIX, seed)):
         rng = random.Random(f"{seed}/notes/{index}")
         dialogue = format_dialogue(row["instruction"], row["answer"], row["history"])
-        texts.append(_notes(rng) if index % 5 == 0 else dialogue)
+        texts.append(_notes(rng) if index % 5 < 2 else dialogue)
     return texts
 
 
 def _notes(rng: random.Random) -> str:
-    about = rng.choice(w.subjects(False))
-    advice = " ".join(rng.choice(w.ONE_TIP).format(a=tip) for tip in rng.sample(about["tips"], 3))
-    goals = f"{about['goals'][0]}, {about['goals'][1]} and {about['goals'][2]}"
-    outcome = rng.choice(about["outcomes"])
-    return f"Notes on {about['name']}: how to {goals}. {advice} That way {outcome}."
+    """What is known about a topic or a harm, drawn in proportion to how many there are."""
+    about = rng.choice(w.subjects(False) + w.subjects(True))
+    goals = "{}, {} and {}".format(*rng.sample(about["goals"], 3))
+    if "tips" in about:
+        told = _filled(rng, w.ONE_TIP, about["tips"], 3)
+        told += _filled(rng, w.WHYS, about["outcomes"], 1)
+    else:
+        told = _filled(rng, w.ONE_TIP, about["methods"], 2)
+        told += _filled(rng, w.REASONED_REFUSALS, about["reasons"], 1)
+        told += _filled(rng, w.ALTERNATIVES, about["alternatives"], 2)
+    return f"Notes on {about['name']}: how to {goals}. {' '.join(told)}"
+
+
+def _filled(rng: random.Random, frames: tuple[str, ...], phrases: list[str], count: int):
+    """`count` sentences: different phrases, each in a frame with a single slot of any name."""
+    chosen = rng.sample(phrases, count)
+    return [re.sub(r"{\w}", phrase, rng.choice(frames)) for phrase in chosen]
