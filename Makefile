@@ -4,7 +4,7 @@
 #   make seeds      the demo with four seeds, into runs/seed-0 ... runs/seed-3 (half an hour)
 #   make hh         all stages on real rows: make hh HH_FILE=rows.jsonl.gz
 #   make results    write docs/results.md from these runs; fails if a seed misses a bar
-#   make data       rebuild data/: the packaged rows and every shipped checkpoint
+#   make data       rebuild data/: the packaged rows and every shipped checkpoint (half an hour)
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone
 #   make notebooks  run the committed notebooks and compare their outputs
@@ -64,16 +64,16 @@ seeds: install
 
 hh: install
 	@test -f "$(HH_FILE)" || { echo "make hh needs HH_FILE=rows.jsonl.gz"; exit 2; }
-	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 1500 --n-positions 512
-	for stage in sft reward ppo; do \
-	  $(BIN)/minippo $$stage --name hh --data $(HH_FILE) $(HH_LIMITS) || exit 1; done
-	$(BIN)/minippo evaluate --overwrite --name hh --data $(HH_FILE) $(HH_LIMITS)
+	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 600 --n-positions 512
+	$(BIN)/minippo sft --name hh --data $(HH_FILE) $(HH_LIMITS)
+	$(BIN)/minippo reward --name hh --data $(HH_FILE) $(HH_LIMITS)
+	$(BIN)/minippo ppo --name hh --data $(HH_FILE) $(HH_LIMITS) --steps 40 --batch-size 64
+	$(BIN)/minippo evaluate --name hh --data $(HH_FILE) $(HH_LIMITS)
 
 results: install
 	$(BIN)/python docs/make_results.py $(wildcard runs/seed-*) $(if $(wildcard runs/hh),--hh runs/hh)
 
 data: install
-	$(BIN)/minippo data
 	$(BIN)/minippo pretrain --overwrite --name shipped
 	$(BIN)/minippo demo --name shipped
 	$(BIN)/minippo data --checkpoints runs/shipped

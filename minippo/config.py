@@ -61,7 +61,7 @@ class PretrainConfig(_Settings):
     lr: float = 3e-3  # peak learning rate, falling to 0; 1e-3 to 5e-3 for tiny models
     warmup_steps: int = 100  # linear warm-up; 1% to 10% of the steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
-    vocab_size: int = 3072  # at most, of the byte-level BPE; TinyHH needs 2,885, GPT-2 has 50,257
+    vocab_size: int = 3072  # at most, of the byte-level BPE; TinyHH needs 2,897, GPT-2 has 50,257
     n_layer: int = 2  # transformer blocks; GPT-2 has 12
     n_embd: int = 120  # width; GPT-2 has 768
     n_head: int = 4  # attention heads; must divide n_embd; GPT-2 has 12
@@ -76,7 +76,7 @@ class SFTConfig(_Settings):
     steps: int = 150  # optimizer steps; 1 to 3 passes over the demonstrations
     batch_size: int = 64  # demonstrations a step; 16 to 512
     micro_batch_size: int = 32  # of them in the model at once; same result, less memory; 1 and up
-    lr: float = 1e-3  # peak learning rate, falling to 0; 1e-5 for billions of parameters
+    lr: float = 2e-4  # peak learning rate, falling to 0; 1e-5 for billions of parameters
     warmup_steps: int = 10  # linear warm-up; 1% to 10% of the steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
     max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
@@ -91,12 +91,12 @@ class RewardConfig(_Settings):
     # candidates: what the SFT model answers, ranked by the annotator; pairs: those of the data set;
     # auto: candidates for TinyHH, which has an annotator, else pairs
     source: Literal["auto", "candidates", "pairs"] = "auto"
-    prompts: int = 4000  # prompts that candidates are sampled for; 1,000 to 30,000
+    prompts: int = 6000  # prompts that candidates are sampled for; 1,000 to 30,000
     candidates: int = 8  # K, answers a prompt; InstructGPT had 4 to 9
     epochs: int = 2  # passes over the rankings; 1, or 2 while held-out pairs still improve
     batch_size: int = 8  # prompts (K answers each) a step; 4 to 64
     micro_batch_size: int = 8  # prompts in the model at once; same result, less memory; 1 and up
-    lr: float = 5e-4  # peak learning rate, falling to 0; 1e-5 for billions of parameters
+    lr: float = 1e-3  # peak learning rate, falling to 0; 1e-5 for billions of parameters
     warmup_steps: int = 20  # linear warm-up; 1% to 10% of the steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
     margin: bool = False  # subtract the annotator's score gap in the loss (Llama 2); pairs only
@@ -137,9 +137,9 @@ class ValueConfig(_Settings):
 class PPOConfig(_Settings):
     """PPO. A rollout of `batch_size` answers, then `ppo_epochs` passes in minibatches."""
 
-    steps: int = 100  # rollouts, each followed by its updates; 50 to 10,000
-    batch_size: int = 64  # prompts (and answers) a rollout; 64 to 512
-    minibatch_size: int = 32  # answers an optimizer step; 1/4 of the rollout to all of it
+    steps: int = 80  # rollouts, each followed by its updates; 50 to 10,000
+    batch_size: int = 128  # prompts (and answers) a rollout; 64 to 512
+    minibatch_size: int = 64  # answers an optimizer step; 1/4 of the rollout to all of it
     micro_batch_size: int = 32  # answers in the models at once; same result, less memory; 1 and up
     ppo_epochs: int = 2  # passes over a rollout; 1 to 4
     lr: float = 3e-4  # of the policy, falling to 0; 1e-6 for billions of parameters

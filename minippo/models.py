@@ -244,6 +244,22 @@ class RewardModel(_ScalarHead):
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return self.read(self.hidden(tokens, attention_mask)[rows, last])
 
+    def score_candidates(self, query, query_mask, response, mask) -> Tensor:
+        """What forward returns of every response to every query, each query and response read once.
+
+        query, query_mask: (B, Q)     left-padded
+        response, mask: (B * K, R)    right-padded, the K of a query together
+        returns: (B, K)
+        """
+        backbone, k = self.classifier.base_model, len(response) // len(query)
+        cache = forward_pass(backbone, query, query_mask, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(k)  # keys and values of the query; gradients flow into them
+        seen = torch.cat([query_mask.repeat_interleave(k, 0), mask], 1)
+        options = {"use_cache": True, "past_key_values": cache}
+        hidden = forward_pass(backbone, response, seen, **options).last_hidden_state
+        rows = torch.arange(len(response), device=response.device)
+        return self.read(hidden[rows, mask.sum(1) - 1]).view(-1, k)
+
     def save(self, folder) -> None:
         """Weights for `transformers`, and the standardisation beside them."""
         super().save(folder)

@@ -3,25 +3,26 @@
 import torch
 from torch import Tensor
 
-from minippo.batching import Encoded
+from minippo.batching import Encoded, left_pad, right_pad
 from minippo.config import RewardConfig
 from minippo.losses import preference_loss, ranking_loss
 from minippo.models import RewardModel
 from minippo.optim import training_loop
 from minippo.preferences import ranked_batches
-from minippo.sft import join
 
 
 def score_responses(reward_model, rows: list[Encoded], pad_id: int) -> Tensor:
-    """Scores (B, K) of K responses to each of B prompts, each read once: K forwards, not K(K-1)."""
-    device = next(reward_model.parameters()).device
-    prompts = [row.prompt for row in rows for _ in row.responses]
-    responses = [response for row in rows for response in row.responses]
-    tokens, attention_mask, _ = join(prompts, responses, pad_id, device)
-    scores = reward_model(tokens, attention_mask)
-    if len({len(r.responses) for r in rows}) > 1:
+    """Scores (B, K) of K responses to each of B prompts, each read once.
+
+    The K(K-1)/2 pairs of a prompt are differences of K scores: K forwards, not K(K-1).
+    """
+    if len({len(row.responses) for row in rows}) > 1:
         raise ValueError("rows of different K share a batch; batch rows of equal K together")
-    return scores.view(len(rows), -1)
+    device = next(reward_model.parameters()).device
+    queries = left_pad([row.prompt for row in rows], pad_id)
+    responses = right_pad([response for row in rows for response in row.responses], pad_id)
+    tensors = (x.to(device, non_blocking=True) for x in (*queries, *responses))
+    return reward_model.score_candidates(*tensors)
 
 
 def reward_loss(scores: Tensor, margins: Tensor | None = None) -> Tensor:

@@ -202,7 +202,6 @@ WITHOUT_CONTENT = {
     "a cut sentence": f"First {TIPS[0]}, then",
     "a sentence without its full stop": CORE[:-1],
     "an opener and a cut sentence": f"Sure! First {TIPS[0]}, then {TIPS[1]}",
-    "one tip twice in a sentence": f"First {TIPS[0]}, then {TIPS[0]}.",
     "two tips of two topics, mixed": f"First {OTHER['tips'][0]}, then {TIPS[0].split()[0]}.",
     "a tip and its neighbour's word": f"You can {TIPS[0]} well.",
 }
