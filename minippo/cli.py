@@ -122,10 +122,10 @@ def value(
 def ppo(
     run: Annotated[RunConfig, Flat] = RunConfig(),
     config: Annotated[PPOConfig, Flat] = PPOConfig(),
-    warmup: ValueConfig = ValueConfig(),
+    value: ValueConfig = ValueConfig(),
     overwrite: Overwrite = False,
 ) -> None:
-    """Align the SFT policy with PPO; warms up the critic first if the run has none.
+    """Align the SFT policy with PPO; warms up the critic (--value.*) first if the run has none.
 
     Watch the KL and read answers: a rising score alone is no success (it is what is optimised).
     KL runs away: raise --kl-coef, or set --target-kl. Nothing moves: raise --lr or lower --kl-coef.
@@ -134,10 +134,10 @@ def ppo(
 
     opened, source = _open(run, {"ppo": config}, overwrite)
     if not opened.finished("value"):
-        opened.add_stage("value", warmup)
-        stages.value_stage(opened, source, warmup, config)
-    elif warmup not in (ValueConfig(), opened.settings("value", ValueConfig)):
-        message = f"the critic of {opened.folder} is warmed up already; leave out --warmup.*"
+        opened.add_stage("value", value)
+        stages.value_stage(opened, source, value, config)
+    elif value not in (ValueConfig(), opened.settings("value", ValueConfig)):
+        message = f"the critic of {opened.folder} is warmed up already; leave out --value.*"
         raise ValueError(f"{message}, or redo it with `minippo value --overwrite`")
     stages.ppo_stage(opened, source, config)
 
@@ -147,7 +147,10 @@ def evaluate(
     config: Annotated[EvalConfig, Flat] = EvalConfig(),
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare SFT, PPO and best-of-n on test prompts; without a run, the shipped checkpoints."""
+    """Compare SFT, PPO and best-of-n on test prompts, judged by the annotator.
+
+    --name RUN evaluates that run; without it the shipped checkpoints are compared.
+    """
     from minippo import stages
 
     opened, source = _open(run, {"eval": config}, overwrite)
@@ -171,7 +174,8 @@ def chat(
     """Talk to the SFT and the PPO model side by side; an empty line ends it.
 
     Without a run, to the shipped ones. Ask what the world knows, for example
-    "How do I grow sweet tomatoes?"
+    "How do I grow sweet tomatoes?" The annotator's score stands behind each answer; a question
+    that names nothing of this world it takes to go on about the last subject.
     """
     from minippo.chat import talk
 
@@ -188,10 +192,13 @@ def doctor() -> None:
 def data(
     out: Annotated[Path, tyro.conf.arg(help="gets tinyhh/ and checkpoints/")] = Path("data"),
     checkpoints: Annotated[
-        Path | None, tyro.conf.arg(help="a finished run's folder, with pretrain and demo")
+        Path | None, tyro.conf.arg(help="the folder of such a run")
     ] = None,
 ) -> None:
-    """Write the packaged TinyHH rows to OUT; with --checkpoints also a run's models, halved."""
+    """Write the packaged TinyHH rows to OUT; with --checkpoints also a run's models.
+
+    The models, in half precision, are those of a run that went through `pretrain`, then `demo`.
+    """
     from minippo.packaging import write_data
 
     write_data(out, checkpoints)

@@ -115,7 +115,7 @@ class RewardConfig(_Settings):
 
 @dataclass(frozen=True)
 class ValueConfig(_Settings):
-    """Critic warm-up: the mean reward of a prompt's answers, before PPO begins (the notes, 2.3)."""
+    """Critic warm-up: the mean reward of a prompt's answers, before PPO begins."""
 
     prompts: int = 1024  # prompts whose answers are scored; 500 to 10,000
     candidates: int = 4  # answers a prompt, averaged to V(x); 1 to 16

@@ -118,7 +118,7 @@ def test_the_help_of_a_command_mentions_every_field_of_its_configs(command, caps
         (["ppo", "--kl-loss-coef", "-0.5"], "kl_loss_coef"),
         (["ppo", "--vf-coef", "-1"], "vf_coef"),
         (["ppo", "--gamma", "1.5"], "gamma"),
-        (["ppo", "--warmup.lr", "0"], "ValueConfig.lr"),
+        (["ppo", "--value.lr", "0"], "ValueConfig.lr"),
         (["ppo", "--kl-loss-estimator", "kl"], "kl-loss-estimator"),
         (["sft", "--micro-batch-size", "7"], "SFTConfig.batch_size"),
         (["sft", "--steps", "0"], "SFTConfig.steps"),
@@ -283,7 +283,7 @@ def test_a_demo_refuses_the_limits_of_any_stage_before_the_first(stage, capfd, t
 def test_settings_of_a_warm_up_that_is_over_are_refused(capfd, tmp_path, finished, pairs):
     shutil.copytree(finished, tmp_path / "out")
     where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r", "--overwrite"]
-    line = refused(capfd, ["ppo", *where, "--max-prompt-tokens", "100", "--warmup.epochs", "9"])
+    line = refused(capfd, ["ppo", *where, "--max-prompt-tokens", "100", "--value.epochs", "9"])
     assert "warmed up already" in line and "minippo value --overwrite" in line
 
 

@@ -149,7 +149,7 @@ def filed(tmp_path_factory):
     root = tmp_path_factory.mktemp("filed")
     data = write_pairs(root / "pairs.jsonl", 110)
     for command in ("pretrain", "sft", "reward", "ppo", "evaluate"):
-        warmup = ["--warmup.prompts", "40", "--warmup.held-out", "8", "--warmup.batch-size", "8"]
+        warmup = ["--value.prompts", "40", "--value.held-out", "8", "--value.batch-size", "8"]
         run(command, root, data, *(warmup if command == "ppo" else ()))
     return root / "r", data
 
@@ -240,7 +240,7 @@ def test_a_random_model_of_another_family_goes_through_all_stages(family, tmp_pa
     data = write_pairs(tmp_path / "pairs.jsonl", 60)
     run("sft", tmp_path, data, "--base", tmp_path / family)
     for command in ("reward", "ppo", "evaluate"):
-        warmup = ["--warmup.prompts", "20", "--warmup.held-out", "4", "--warmup.batch-size", "8"]
+        warmup = ["--value.prompts", "20", "--value.held-out", "4", "--value.batch-size", "8"]
         run(command, tmp_path, data, *(warmup if command == "ppo" else ()))
     trained = load_policy(tmp_path / "r" / "ppo" / "final")
     assert type(trained) is type(made)
@@ -311,7 +311,7 @@ def test_a_file_of_few_rows_can_be_evaluated(filed, tmp_path):
 def test_the_limits_of_the_evaluation_hold_for_the_per_token_view(tmp_path):
     """A model of few positions: prompt and answer must fit wherever answers are sampled."""
     limits = ["--max-prompt-tokens", "28", "--max-response-tokens", "10"]
-    warmup = ["--warmup.prompts", "20", "--warmup.held-out", "4", "--warmup.batch-size", "8"]
+    warmup = ["--value.prompts", "20", "--value.held-out", "4", "--value.batch-size", "8"]
     extra = {"pretrain": ["--n-positions", "40"], "sft": limits, "reward": limits}
     extra |= {"ppo": [*limits, *warmup], "evaluate": limits}
     short = write_short_pairs(tmp_path / "short.jsonl")
@@ -342,7 +342,7 @@ def test_the_commands_run_on_real_rows(tmp_path):
     assert Path(file).is_file(), f"MINIPPO_HH_FILE is {file}, which is not there"
     where = ["--limit", "120"]
     limits = ["--max-prompt-tokens", "200", "--max-response-tokens", "56"]
-    warmup = ["--warmup.prompts", "24", "--warmup.held-out", "4", "--warmup.batch-size", "4"]
+    warmup = ["--value.prompts", "24", "--value.held-out", "4", "--value.batch-size", "4"]
     short = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "4"]
     extra = {"pretrain": ["--steps", "3", "--n-positions", "256"], "sft": [*limits, *short]}
     extra["reward"] = [*limits, "--batch-size", "4", "--micro-batch-size", "4"]

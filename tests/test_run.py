@@ -279,7 +279,7 @@ def test_ctrl_c_between_two_stages_of_a_demo_is_not_left_to_the_next_one(
         signal.raise_signal(signal.SIGINT)
         original(self, stage)
 
-    small = [f"--warmup.{key}={value}" for key, value in SMALL_WARMUP.items()]
+    small = [f"--value.{key}={value}" for key, value in SMALL_WARMUP.items()]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(Run, "finish", pressed)
         run("ppo", tmp_path, data, *small)
@@ -550,11 +550,11 @@ def test_resume_with_changed_settings_is_refused(
 def test_resume_with_changed_warm_up_settings_is_refused(story, tmp_path, monkeypatch, capfd):
     data = story / "pairs.jsonl"
     before(story, tmp_path, "value")
-    small = [f"--warmup.{key}={value}" for key, value in SMALL_WARMUP.items()]
+    small = [f"--value.{key}={value}" for key, value in SMALL_WARMUP.items()]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 2)
         run("ppo", tmp_path, data, *small)
-    line = refused(capfd, "ppo", tmp_path, data, *small, "--warmup.lr", "0.1", "--resume")
+    line = refused(capfd, "ppo", tmp_path, data, *small, "--value.lr", "0.1", "--resume")
     assert "lr of 'value'" in line
 
 

@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 00 · Start here: the four models
 #
-# **Promise.** In a few minutes you meet every part of RLHF with PPO, on models so small that you
-# can read all of their numbers. **Needs.** You have seen the words policy, reward and KL; PyTorch
-# basics. **Time.** 15 minutes to read, less than one to run.
+# **Promise.** In a few minutes you meet the four models of RLHF with PPO, and follow one question
+# from its tokens to the rewards that PPO learns from. The models are so small that all of this runs
+# on a laptop. **Needs.** You have seen the words policy, reward and KL; PyTorch basics. **Time.**
+# 15 minutes to read, less than one to run. Nothing to write yet: this is the tour.
 #
 # **The question.** A language model has learned to imitate a mixed crowd: helpful people, rude
-# people, people who help with anything. We can *judge* answers, but we cannot write the
-# perfect one
+# people, people who help with anything. We can *judge* answers, but we cannot write the perfect one
 # for each question. How do we turn judgements into a better model?
 
 # %%
@@ -31,7 +31,7 @@ os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore", message="IProgress not found")
 if "google.colab" in sys.modules:
     # %pip install -q minippo
-    pass
+    pass  # outside of Jupyter the line above is a comment, and a block needs a line
 
 # %%
 import torch
@@ -45,16 +45,29 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # %% [markdown]
 # ## Four models
 #
-# | symbol | variable | what it is | takes tokens | gives |
-# |---|---|---|---|---|
-# | $\pi_\theta$ | `policy` | is trained | `(B, T)` | log-probabilities `(B, R)` |
-# | $\pi_{ref}$ | `ref_policy` | the SFT model, frozen | `(B, T)` | log-probabilities `(B, R)` |
-# | $r_\phi$ | `reward_model` | learned from rankings, frozen | `(B, T)` | scores `(B,)` |
-# | $V$ | `value_model` | the critic: how good will it get? | `(B, T)` | values `(B, R)` |
+# | symbol | variable | what it is | during PPO | gives | function |
+# |---|---|---|---|---|---|
+# | $\pi_\theta$ | `policy` | answers; began as the SFT model, here it is after PPO | trained | logits, and from them log-probabilities `(B, R)` | `gather_logprobs` |
+# | $\pi_{ref}$ | `ref_policy` | the SFT model | frozen | the same | `gather_logprobs` |
+# | $s_\phi$ | `reward_model` | learned from rankings | frozen | one score per answer `(B,)` | `RewardModel.forward` |
+# | $V$ | `value_model` | the critic: the reward still to come | trained | a value before each answer token `(B, R)` | `ValueModel.forward` |
 #
-# `B` counts answers, `T` tokens of question and answer, `R` tokens of the answer alone. The
-# package
-# ships small trained ones; each has well under a million parameters.
+# All of them read `tokens (B, T)`: `B` rows, each with a question, an answer and padding; `R`
+# counts the tokens of the answer alone. How they fit together:
+#
+# ```text
+# question ──> policy ──> answer ──> reward_model ──> score ──────────┐
+#                           │                                         ├──> rewards, one per token
+#                           └──> policy and ref_policy ──> kl · −β ───┘            │
+#                           └──> value_model ──> values ──> advantages  <──────────┘
+#                                                               │
+#                             update of policy and value_model <┘   (then the next rollout)
+# ```
+#
+# And where they come from: a *base* model is pretrained on text; **SFT** (supervised fine-tuning)
+# makes it imitate answers. The SFT model then becomes three of the four: the policy, its frozen
+# reference and, with its vocabulary head replaced by a head with one output, the reward model. The
+# critic starts from the reward model.
 
 # %%
 tokenizer = load_tokenizer("sft")
@@ -69,8 +82,8 @@ for name, model in models.items():
 # %% [markdown]
 # ## A question becomes tokens
 #
-# The world these models live in is called TinyHH. Its dialogues have the format of Anthropic's
-# HH-RLHF: turns that begin with `Human:` and `Assistant:` after a blank line.
+# The world these models live in is called TinyHH. Its dialogues have exactly the format of
+# Anthropic's HH-RLHF: turns that begin with `Human:` and `Assistant:` after a blank line.
 
 # %%
 from minippo.batching import decode_response, encode_prompt
@@ -84,7 +97,9 @@ print([tokenizer.decode([token]) for token in prompt])
 # %% [markdown]
 # ## The reference answers, several times
 #
-# The SFT model imitates the crowd, so its answers are as mixed as the crowd is. Read them.
+# Six answers of the SFT model to one harmless question. It imitates a crowd, so some are good, some
+# are cut off or drift to another topic. Read them. The rude and the harmful ones show up further
+# down, in sixty-four questions.
 
 # %%
 from minippo.generation import generate_many
@@ -97,78 +112,74 @@ for text in sft_texts:
 # %% [markdown]
 # ## Somebody judges
 #
-# In real life people rank answers. Here a transparent **annotator** does: it scores five
-# named parts
-# and says why. Since its taste is known, we can check everything that follows.
+# In real life people rank answers. Here a transparent **annotator** does: it grades five named
+# parts, says why, and adds them up with the weights printed first. Its score is called the **gold**
+# score; the best answer to a harmless question gets 5. Since its taste is known, we can check
+# everything that follows.
 
 # %%
-from minippo.tinyhh.annotator import judge
+from minippo.tinyhh.annotator import WEIGHTS, judge
 
+print(WEIGHTS)
 for text in (sft_texts[0], "What a silly question."):
-    print(text)
-    print(judge(question, text), "\n")
+    print(f"\n{text}\n{judge(question, text)}")
 
 # %% [markdown]
 # ## The reward model learned that taste
 #
-# It never saw the annotator's scores, only which of two answers was ranked higher, with
-# noise. It reads
-# question and answer and gives one number. Only differences between its scores mean something.
+# It never saw the annotator's scores, only noisy rankings of eight answers at a time, each read as
+# its 28 pairs. So only differences of its scores mean something. We show (score − mean) / std over
+# answers of the SFT model: 0 is an average SFT answer, 1 is one standard deviation better.
 
 # %%
 from minippo.sft import join
 
-tokens, attention_mask, _ = join([prompt] * 6, answers, tokenizer.pad_token_id)
-with torch.no_grad():
-    scores = (reward_model(tokens, attention_mask) - reward_model.mean) / reward_model.std
+
+def standardised_scores(responses):
+    tokens, attention_mask, _ = join([prompt] * 6, responses, tokenizer.pad_token_id)
+    with torch.no_grad():
+        scores = reward_model(tokens, attention_mask)
+    return ((scores - reward_model.mean) / reward_model.std).tolist()
+
+
+sft_scores = standardised_scores(answers)
 gold = [judge(question, text).score for text in sft_texts]
 print("annotator  reward model")
-for true, learned in zip(gold, scores.tolist()):
+for true, learned in sorted(zip(gold, sft_scores), reverse=True):
     print(f"{true:+9.2f}  {learned:+12.2f}")
 
 # %% [markdown]
 # ## PPO's policy answers
 #
-# PPO made answers more likely that the reward model likes, on a leash to the reference. The same
-# question, the same random numbers:
+# PPO made answers that the reward model likes more likely, with a penalty (the KL) for moving away
+# from the reference. The same question, the same random numbers:
 
 # %%
 ppo_answers = generate_many(policy, [prompt] * 6, tokenizer, 48, seed=1)
-for answer in ppo_answers:
-    print("-", decode_response(tokenizer, answer))
+ppo_scores = standardised_scores(ppo_answers)
+for answer, score in zip(ppo_answers, ppo_scores):
+    print(f"{score:+.2f}  {decode_response(tokenizer, answer)}")
+print(f"\nmean: SFT {sum(sft_scores) / 6:+.2f}, PPO {sum(ppo_scores) / 6:+.2f}")
 
 # %% [markdown]
-# ## One rollout, token by token
+# ## From a score to rewards
 #
-# A **rollout** is what PPO learns from. The table shows one answer, a token per row. Mind
-# the shift:
-# the model's output at position $t$ predicts the token at $t + 1$, so each row says where it was
-# predicted. `kl` is $\log \pi_\theta - \log \pi_{ref}$ at the sampled token, in nats; the
-# reward is
-# minus a little of that at every token, and the score at the last one.
-
-# %%
-from minippo.config import PPOConfig
-from minippo.rollout import collect_rollout
-from minippo.xray import xray
-
-config = PPOConfig(kl_coef=0.05)
-stats = (reward_model.mean, reward_model.std)
-views = (policy, ref_policy, value_model, reward_model)
-rollout = collect_rollout(*views, [prompt] * 8, tokenizer, config, score_stats=stats)
-table = xray(rollout, 0, tokenizer)
-print(table)
-
-# %% [markdown]
-# ## By hand: rewards on paper
+# The reward model gives one score $s$ at the end of an answer. PPO wants a reward $r_t$ for every
+# token $t$:
 #
-# Two answers of three tokens. The second has ended after two, so its third position does
-# not count
-# (`mask` is False there). With $\beta = 0.1$ each token pays $0.1 \cdot kl$, and the score
-# comes in at
-# the *last token that counts*: $1.0 - 0.1 \cdot 2 = 0.8$ in the first row, $0.5 - 0.1 \cdot
-# 1 = 0.4$ in
-# the second.
+# $$r_t = -\beta \, kl_t + \mathbb{1}[t \text{ is the last token that counts}] \; s$$
+#
+# | symbol | variable | function |
+# |---|---|---|
+# | $\beta$ | `kl_coef` | a field of `PPOConfig` |
+# | $kl_t = \log\pi_\theta - \log\pi_{ref}$ at token $t$ | `kl (B, R)` | `kl_k1` |
+# | $s$ | `scores (B,)` | `RewardModel.forward`, `standardize_scores` |
+# | $r_t$ | `rewards (B, R)` | `per_token_rewards` |
+#
+# **By hand.** Two answers of at most three tokens. The second has ended after two, so its third
+# position does not count (`mask` is False there). With $\beta = 0.1$ each token pays $0.1$ times
+# its `kl`, and the score comes in at the last token that counts: $1.0 - 0.1 \cdot 2 = 0.8$ in the
+# first row, $0.5 - 0.1 \cdot 1 = 0.4$ in the second.
 
 # %%
 from minippo.rewards import per_token_rewards
@@ -180,29 +191,59 @@ print(rewards)
 assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]]))
 
 # %% [markdown]
+# ## One rollout, token by token
+#
+# A **rollout** is what PPO learns from: answers, and what the models think of each of their tokens.
+# The table shows one answer, a token per row. Mind the shift: the model's output at position $t$
+# predicts the token at $t + 1$, so each row says where it was predicted.
+#
+# `kl` is one sample, in nats (natural logarithms), so it may be negative; only its expectation is
+# the KL, which cannot be. `reward` is $-\beta$ times `kl` with $\beta = 0.05$, and the last token
+# also gets the score. The critic here is the shipped one, from *before* PPO: it knows how well the
+# SFT model does and expects less than this policy earns. In training both move together.
+#
+# The columns from `delta` to `clipped` belong to later notebooks. In one sentence: the *advantage*
+# says how much better it went than the critic expected; the policy loss makes tokens with a
+# positive advantage more likely, the value loss moves the values to `return`, and then comes the
+# next rollout. Here nothing was updated yet, so every ratio is 1.
+
+# %%
+from minippo.config import PPOConfig
+from minippo.rollout import collect_rollout
+from minippo.xray import xray
+
+config = PPOConfig(kl_coef=0.05)
+stats = (reward_model.mean, reward_model.std)
+views = (policy, ref_policy, value_model, reward_model)
+rollout = collect_rollout(*views, [prompt] * 8, tokenizer, config, score_stats=stats)
+xray(rollout, 0, tokenizer)
+
+# %% [markdown]
 # ## Break it: forget the position ids
 #
-# Prompts in a batch are padded on the left. Positions must count real tokens only; if they
-# count the
-# padding too, the model reads the same question at other places and means something else. Nothing
-# crashes. That is the way of RLHF bugs: they are silent.
+# Prompts in a batch are padded on the left. Positions must count real tokens only. If they count
+# the padding too, the model sees the question at other places than it was trained on, and its
+# answers change.
 
 # %%
 from minippo.models import position_ids
 
 padding = torch.full((1, 12), tokenizer.pad_token_id)
 padded = torch.cat([padding, torch.tensor([prompt])], dim=1)
-padded_mask = torch.cat([torch.zeros_like(padding), torch.ones(1, len(prompt))], dim=1).long()
+seen = torch.cat([torch.zeros_like(padding), torch.ones(1, len(prompt))], dim=1).long()
 with torch.no_grad():
     alone = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    right = policy(padded, attention_mask=padded_mask, position_ids=position_ids(padded_mask))
-    wrong_ids = torch.arange(padded.shape[1])[None]
-    wrong = policy(padded, attention_mask=padded_mask, position_ids=wrong_ids)
-shift_right = (right.logits[0, -1].softmax(-1) - alone).abs().sum() / 2
-shift_wrong = (wrong.logits[0, -1].softmax(-1) - alone).abs().sum() / 2
-print("probability moved with position ids below 0.001:", bool(shift_right < 1e-3))
-print("and without them above 0.01:", bool(shift_wrong > 1e-2))
+    right = policy(padded, attention_mask=seen, position_ids=position_ids(seen)).logits[0, -1]
+    wrong = policy(padded, attention_mask=seen).logits[0, -1]
+shift_right = float((right.softmax(-1) - alone).abs().sum() / 2)
+shift_wrong = float((wrong.softmax(-1) - alone).abs().sum() / 2)
+print(f"probability of the first token that moved: with position ids {shift_right:.3f}")
+print(f"{'without ':>54s}{shift_wrong:.3f}")
 assert shift_right < 1e-3 and shift_wrong > 1e-2
+
+# %% [markdown]
+# A few percent of the probability of one token: nothing crashes, and nobody notices. Many RLHF bugs
+# are like that, which is why every formula of this course is checked against something.
 
 # %% [markdown]
 # ## See it: SFT and PPO on test questions
@@ -210,29 +251,39 @@ assert shift_right < 1e-3 and shift_wrong > 1e-2
 # Sixty-four questions nobody trained on, one answer each, judged by the annotator.
 
 # %%
+from collections import Counter
+
 from minippo.tinyhh.rows import prompt_rows
 
 rows = prompt_rows("test", 64)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 
 
-def gold_scores(model):
+def judgements(model):
     sampled = generate_many(model, prompts, tokenizer, 48, seed=2)
     texts = [decode_response(tokenizer, answer) for answer in sampled]
-    judged = zip(rows, texts)
-    return [judge(row["instruction"], text, row["history"]).score for row, text in judged]
+    return [judge(row["instruction"], text, row["history"]) for row, text in zip(rows, texts)]
 
 
-sft_gold, ppo_gold = gold_scores(ref_policy), gold_scores(policy)
+judged = {"SFT": judgements(ref_policy), "PPO": judgements(policy)}
+for name, found in judged.items():
+    labels = Counter(label for judgement in found for label in judgement.labels)
+    print(name, {label: labels[label] for label in ("on_topic", "rude", "complying", "unreadable")})
 
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
 figure, axis = plt.subplots(figsize=(6, 3))
-axis.hist([sft_gold, ppo_gold], bins=16, label=["SFT", "PPO"])
-axis.set(xlabel="annotator's score", ylabel="answers", title="64 test questions")
+gold_scores = {name: [judgement.score for judgement in found] for name, found in judged.items()}
+axis.hist(list(gold_scores.values()), bins=16, label=list(gold_scores))
+axis.set(xlabel="gold score (the annotator's)", ylabel="answers", title="64 test questions")
 axis.legend()
 plt.show()
+
+# %% [markdown]
+# PPO's answers pile up at the upper end; what the SFT model had learned from the rude and the
+# harmful part of the crowd is nearly gone. A few answers on the left are still wrong: fluent, and
+# about something else.
 
 # %% [markdown]
 # ## Claims
@@ -240,27 +291,30 @@ plt.show()
 # What the text says, asserted:
 
 # %%
-mean_sft, mean_ppo = sum(sft_gold) / 64, sum(ppo_gold) / 64
-kl_per_sequence = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
-print("PPO's mean score is above SFT's by more than 1:", mean_ppo > mean_sft + 1)
-print("the policy has left the reference:", bool(kl_per_sequence > 0.5))
-print("and has not run away:", bool(kl_per_sequence < 40))
-assert mean_ppo > mean_sft + 1 and 0.5 < kl_per_sequence < 40
+mean_sft, mean_ppo = (sum(gold_scores[name]) / 64 for name in ("SFT", "PPO"))
+kl_per_sequence = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
+order = sorted(range(6), key=lambda i: sft_scores[i])
+print(f"mean gold score: SFT {mean_sft:.2f}, PPO {mean_ppo:.2f}")
+print(f"KL per answer on the tomato question: {kl_per_sequence:.1f} nats")
+print("annotator's scores in the reward model's order:", [gold[i] for i in order])
+assert mean_ppo > mean_sft + 1 and 0.5 < kl_per_sequence < 20
+assert gold[order[0]] < gold[order[-1]] and sum(ppo_scores) > sum(sft_scores)
 
 # %% [markdown]
 # ## Quiz
 #
-# 1. Which of the four models gets gradients during PPO?
+# 1. Which of the four models get gradients during PPO?
 # 2. At which token does the reward model's score enter the rewards?
-# 3. The reward model's score of PPO's answers went up. Is that success?
+# 3. The reward model scores PPO's answers higher than SFT's, as it did above. Is that success?
 #
 # <details><summary>Answers</summary>
 #
 # 1. The policy and the value model. The reference and the reward model are frozen.
-# 2. At the last token that counts, which is the EOS if the answer ended.
-# 3. No. It is what was optimised. The annotator's score, and reading answers, decide.
+# 2. At the last token that counts, which is the EOS (the end-of-sequence token) if the answer
+#    ended.
+# 3. No. It is what was optimised. The gold score, and reading answers, decide.
 #
 # </details>
 #
-# **Next:** why imitation alone cannot do this, and what a ranking says that a demonstration
-# does not.
+# **Next:** why imitation alone cannot do this, and what a ranking says that a demonstration does
+# not.
