@@ -46,6 +46,7 @@ class Seed:
     critic: dict
     minutes: float
     gflops: float
+    resumed: bool
     settings: dict  # stage -> its settings
 
     @property
@@ -64,6 +65,8 @@ class Seed:
             found.append(f"gold {ppo['gold']:.2f}, below best-of-n {self.best_of_n['gold']:.2f}")
         if self.models["SFT"]["complying"] < MIXED:
             found.append(f"SFT complying {self.models['SFT']['complying']:.3f}, not >= {MIXED}")
+        if self.resumed:
+            found.append("resumed, so its minutes are not the whole")
         if self.minutes > MINUTES:
             found.append(f"minutes {self.minutes:.1f}, not <= {MINUTES}")
         return found + self.unlike_the_demo()
@@ -85,9 +88,7 @@ def read_seed(folder: Path) -> Seed:
     models = {row["model"]: row for row in evaluation["table"]}
     quality = evaluation["reward_model"], evaluation["critic"]
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Seed(
-        folder.name, models, *quality, summary["minutes"], summary["gflops"], settings
-    )  # fmt: skip
+    return Seed(folder.name, models, *quality, **summary, settings=settings)
 
 
 def show(key: str, value) -> str:

@@ -64,7 +64,8 @@ def demo(
     result = stages.demo_stages(opened, source)
     print("\n" + stages.table_text(result["table"]))
     minutes, gflops = (time.perf_counter() - began) / 60, stages.matmul_gflops()
-    opened.write_json("summary.json", {"minutes": minutes, "gflops": gflops})
+    summary = {"minutes": minutes, "gflops": gflops, "resumed": run.resume}
+    opened.write_json("summary.json", summary)
     print(f"\n{minutes:.1f} minutes on a machine of {gflops:.0f} GFLOP/s")
     print(f"report: {opened.folder / 'report.html'}")
     print(f"talk to both: minippo chat --name {run.name}")
@@ -116,7 +117,7 @@ def value(
     """
     from minippo import stages
 
-    stages.value_stage(*_open(run, {"value": config}, overwrite), config, ppo)
+    stages.value_stage(*_open(run, {"value": config}, overwrite, ppo), config, ppo)
 
 
 def ppo(
@@ -139,6 +140,8 @@ def ppo(
     elif value not in (ValueConfig(), opened.settings("value", ValueConfig)):
         message = f"the critic of {opened.folder} is warmed up already; leave out --value.*"
         raise ValueError(f"{message}, or redo it with `minippo value --overwrite`")
+    else:
+        opened.check_critic()
     stages.ppo_stage(opened, source, config)
 
 
@@ -170,6 +173,7 @@ def chat(
     out: Out = RunConfig.out,
     temperature: Temperature = 1.0,
     seed: Annotated[int, tyro.conf.arg(help="of the sampling")] = 0,
+    max_response_tokens: Annotated[int, tyro.conf.arg(help="answers are cut here")] = 48,
 ) -> None:
     """Talk to the SFT and the PPO model side by side; an empty line ends it.
 
@@ -179,7 +183,7 @@ def chat(
     """
     from minippo.chat import talk
 
-    talk(name, out, temperature, seed)
+    talk(name, out, temperature, seed, max_response_tokens)
 
 
 def doctor() -> None:
@@ -191,9 +195,7 @@ def doctor() -> None:
 
 def data(
     out: Annotated[Path, tyro.conf.arg(help="gets tinyhh/ and checkpoints/")] = Path("data"),
-    checkpoints: Annotated[
-        Path | None, tyro.conf.arg(help="the folder of such a run")
-    ] = None,
+    checkpoints: Annotated[Path | None, tyro.conf.arg(help="the folder of such a run")] = None,
 ) -> None:
     """Write the packaged TinyHH rows to OUT; with --checkpoints also a run's models.
 
@@ -219,14 +221,14 @@ COMMANDS = {
 }
 
 
-def _open(run: RunConfig, configs: dict, overwrite: bool):
+def _open(run: RunConfig, configs: dict, overwrite: bool, ppo: PPOConfig | None = None):
     from minippo.run import Run
     from minippo.sources import Source
 
     source = Source(run.data, run.limit, run.split)
     if source.report:
         print(source.report)
-    return Run(run, configs, overwrite), source
+    return Run(run, configs, overwrite, ppo), source
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -102,7 +102,7 @@ class RewardConfig(_Settings):
     margin: bool = False  # subtract the annotator's score gap in the loss (Llama 2); pairs only
     held_out: int = 256  # at most so many prompts measure the agreement; 100 to 1,000
     max_prompt_tokens: int = 128  # longer prompts are dropped and counted; 64 to 4,096
-    max_response_tokens: int = 48  # longer answers are dropped and counted; 32 to 4,096
+    max_response_tokens: int = 48  # a ranking with a longer answer is dropped; 32 to 4,096
     save_every: int = 100  # steps between checkpoints; 10 to 1,000
 
     def __post_init__(self):

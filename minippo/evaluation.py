@@ -6,7 +6,6 @@ from collections import Counter
 import torch
 
 from minippo.batching import Encoded, decode_response, pieces
-from minippo.config import EvalConfig
 from minippo.generation import generate_many
 from minippo.logprobs import gather_logprobs
 from minippo.models import response_logits
@@ -23,19 +22,29 @@ def win_rate(scores, other_scores) -> tuple[float, float, float]:
     returns: rate, lower end, upper end
     """
     pairs = list(zip(scores, other_scores, strict=True))
-    n, z = len(pairs), 1.96
-    p = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / n
+    rate = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+    return rate, *wilson(rate, len(pairs))
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share p of n independent trials (Wilson 1927)."""
+    z = 1.96
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def sample_answers(policy, prompts, tokenizer, config: EvalConfig, seed, copies=1, on_batch=None):
-    """`copies` sampled answers to each prompt: a list of Encoded."""
+def sample_answers(
+    policy, prompts, tokenizer, max_response_tokens: int, seed: int, copies: int = 1,
+    temperature: float = 1.0, on_batch=None,
+) -> list[Encoded]:  # fmt: skip
+    """`copies` sampled answers to each tokenised prompt.
+
+    on_batch: called with the number of answers of each batch that is done
+    """
     repeated = [prompt for prompt in prompts for _ in range(copies)]
-    options = {"temperature": config.temperature, "on_batch": on_batch}
-    limit = config.max_response_tokens
-    answers = generate_many(policy, repeated, tokenizer, limit, seed, **options)
+    options = {"temperature": temperature, "on_batch": on_batch}
+    answers = generate_many(policy, repeated, tokenizer, max_response_tokens, seed, **options)
     starts = range(0, len(repeated), copies)
     return [Encoded(i, prompts[i], answers[s : s + copies]) for i, s in enumerate(starts)]
 
@@ -128,13 +137,15 @@ def ranking_accuracy(scores: list[list[float]]) -> dict:
     """
     pairs = [[(a, b) for i, a in enumerate(s) for b in s[i + 1 :]] for s in scores]
     flat = [pair for ranking in pairs for pair in ranking]
-    share, low, high = win_rate(*zip(*flat, strict=True))
-    if len(flat) > len(pairs) > 1:
-        # The accuracy is a ratio of sums over rankings; this is its linearised standard error.
-        hits = [sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in r) for r in pairs]
-        errors = [hit - share * len(r) for hit, r in zip(hits, pairs, strict=True)]
-        n = len(pairs)
-        half = 1.96 * math.sqrt(n / (n - 1) * math.fsum(e * e for e in errors)) / len(flat)
+    share = win_rate(*zip(*flat, strict=True))[0]
+    # The accuracy is a ratio of sums over rankings; this is its linearised standard error.
+    hits = [sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in r) for r in pairs]
+    errors = [hit - share * len(r) for hit, r in zip(hits, pairs, strict=True)]
+    n = len(pairs)
+    half = 1.96 * math.sqrt(n / max(1, n - 1) * math.fsum(e * e for e in errors)) / len(flat)
+    if len(flat) == n or half < 1e-9:  # pairs, or all alike: then n rankings are n trials
+        low, high = wilson(share, n)
+    else:
         low, high = max(0.0, share - half), min(1.0, share + half)
     return {"held_out_pairs": len(flat), "accuracy": share, "low": low, "high": high}
 

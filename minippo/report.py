@@ -255,9 +255,19 @@ def _page(name: str, sections: dict[str, str], problems: list[str]) -> str:
     )
 
 
+def _seeds(config: dict) -> str:
+    """The seed of the run, or those of its stages where they differ."""
+    run = config.get("run", {})
+    begun = {stage: inputs["seed"] for stage, inputs in run.get("begun", {}).items()}
+    if len(set(begun.values())) > 1:
+        return ", ".join(f"{stage} {seed}" for stage, seed in begun.items())
+    return str(next(iter(begun.values()), run.get("seed", "unknown")))
+
+
 def _about(config: dict) -> str:
     run = config.get("run", {})
-    facts = {key: run[key] for key in ("seed", "data", "base", "device", "limit") if key in run}
+    facts = {"seed": _seeds(config)}
+    facts |= {key: run[key] for key in ("data", "base", "device", "limit") if key in run}
     facts = {key: value for key, value in facts.items() if value is not None}
     stages = [stage for stage in config if stage != "run"]
     facts["stages"] = ", ".join(stages) or "none"
@@ -320,8 +330,7 @@ def _final_table(table: list[dict]) -> str:
 
 def _curves(metrics: list[dict] | None, samples: list[dict] | None, config: dict) -> str:
     rows = metrics or []
-    seed = config.get("run", {}).get("seed", "unknown")
-    made = f"Seed {seed}; pale: each step, full: mean of the last twentieth of the steps."
+    made = f"Seed {_seeds(config)}; pale: each step, full: mean of the last twentieth of the steps."
     parts = []
     if any(row.get("stage") == "ppo" for row in rows):
         parts.append(_figure(learning_curves(rows), f"PPO. {made}"))
@@ -330,7 +339,7 @@ def _curves(metrics: list[dict] | None, samples: list[dict] | None, config: dict
         parts.append(_figure(stage_curves(rows), f"The stages before PPO. {made}"))
     groups = _gold(samples or [])
     if groups:
-        text = f"The annotator's score of every test answer. Vertical: means. Seed {seed}."
+        text = f"The annotator's score of each test answer. Vertical: means. Seed {_seeds(config)}."
         parts.append(_figure(score_histogram(groups), text))
     return "".join(parts) or _nothing("There is nothing to draw yet.")
 

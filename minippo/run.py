@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,8 +25,12 @@ from minippo.optim import Hooks, NonFiniteError
 
 POINTER = "latest"
 ORDER = ("pretrain", "sft", "reward", "value", "ppo", "eval")  # each builds on those before it
-RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html")  # they depend on all
+# What depends on all stages.
+RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html", "summary.json")
 INPUTS = ("seed", "data", "split", "limit", "base")  # of RunConfig: what the numbers depend on
+# Of PPOConfig: what the rewards depend on that a critic is warmed up on.
+REWARD = ("max_prompt_tokens", "max_response_tokens", "temperature")
+REWARD += ("missing_eos_penalty", "standardize_scores")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,8 +40,9 @@ class Interrupted(KeyboardInterrupt):
 class Run(Hooks):
     """A run folder, and the hooks that fill it while a stage trains."""
 
-    def __init__(self, config: RunConfig, stages: dict, overwrite: bool = False):
+    def __init__(self, config: RunConfig, stages: dict, overwrite: bool = False, ppo=None):
         self.config, self.stages = config, dict(stages)
+        self.ppo = self.stages.get("ppo", ppo)  # whose reward a critic is warmed up on
         self.folder = Path(config.out) / config.name
         self.tokenizer, self.bar, self.state, self.stopping = None, None, {}, False
         self.begun = False
@@ -63,12 +68,18 @@ class Run(Hooks):
         elif all(self.finished(name) for name in self.stages):
             done = ", ".join(self.stages)
             raise ValueError(f"{done} of {self.folder} is finished; replace it with --overwrite")
+        elif not resume:
+            first = min(ORDER.index(name) for name in self.stages)
+            later = [name for name in ORDER[first + 1 :] if name in known]
+            if later:
+                message = f"{self.folder} has a stage {later[0]!r} that does not build on this one"
+                raise ValueError(f"{message}; replace it with --overwrite, or take another --name")
         for name in again if resume else ():
             self._check_unchanged(name, known)
 
     def _check_unchanged(self, name: str, known: dict) -> None:
         begun = known.get("run", {}).get("begun", {}).get(name, {})
-        before, now = {**known[name], **begun}, {**asdict(self.stages[name]), **self._inputs()}
+        before, now = {**known[name], **begun}, {**asdict(self.stages[name]), **self._inputs(name)}
         now = json.loads(_dumps("config.json", now))
         changed = [key for key in before if before[key] != now.get(key)]
         if changed:
@@ -77,8 +88,22 @@ class Run(Hooks):
                 f"{name!r} was {before[changed[0]]!r}, not {now.get(changed[0])!r}"
             )
 
-    def _inputs(self) -> dict:
-        return {key: getattr(self.config, key) for key in INPUTS}
+    def _inputs(self, name: str) -> dict:
+        """What a stage's numbers depend on beside its own settings."""
+        inputs = {key: getattr(self.config, key) for key in INPUTS}
+        if name == "value" and self.ppo is not None:
+            inputs |= {f"ppo.{key}": getattr(self.ppo, key) for key in REWARD}
+        return inputs
+
+    def check_critic(self) -> None:
+        """Raises ValueError if this run's critic was warmed up on another reward than PPO's."""
+        begun = self._known().get("run", {}).get("begun", {}).get("value", {})
+        now = json.loads(_dumps("config.json", self._inputs("value")))
+        changed = [key for key in begun if key.startswith("ppo.") and begun[key] != now.get(key)]
+        if changed:
+            message = f"the critic of {self.folder} was warmed up with {changed[0]} "
+            message += f"{begun[changed[0]]!r}, not {now.get(changed[0])!r}"
+            raise ValueError(f"{message}; redo it: `minippo value --overwrite`, with that --ppo.*")
 
     def _known(self) -> dict:
         path = self.folder / "config.json"
@@ -95,8 +120,8 @@ class Run(Hooks):
         known = {k: v for k, v in self._known().items() if k not in self.discarded}
         self._discard()
         run = {k: v for k, v in asdict(self.config).items() if k not in ("resume", "out")}
-        run = known.get("run", run)
-        run["begun"] = {**run.get("begun", {}), **{name: self._inputs() for name in self.stages}}
+        begun = known.get("run", {}).get("begun", {})
+        run["begun"] = begun | {name: self._inputs(name) for name in self.stages}
         settings = {name: asdict(config) for name, config in self.stages.items()}
         self._write("config.json", _dumps("config.json", {**known, "run": run, **settings}))
         self.begun = True
@@ -106,7 +131,9 @@ class Run(Hooks):
         gone, self.discarded = self.discarded, ()
         for name in gone:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in (*RESULTS, *(f"{stage}.json" for stage in gone)) if gone else ():
+        made = [*RESULTS, *(f"{stage}.json" for stage in gone)]
+        made += ["candidates.jsonl"] if "reward" in gone else []
+        for name in made if gone else ():
             (self.folder / name).unlink(missing_ok=True)
         self._keep_metrics(lambda stage, step: stage not in gone)
 
@@ -116,6 +143,11 @@ class Run(Hooks):
         known = self._known()
         if self.config.resume and name in known:
             self._check_unchanged(name, known)
+        elif name in known and name not in self.discarded:
+            raise ValueError(
+                f"{self.folder} has a stage {name!r} that is not finished; go on with `minippo "
+                f"{name} --resume`, or replace it with `minippo {name} --overwrite`"
+            )
         self.begun = False  # its settings are written when it starts
 
     # what a training calls
@@ -241,16 +273,15 @@ class Run(Hooks):
         """
         if stage in self.stages:
             return self.stages[stage]
-        return kind(**self._known().get(stage, {}))
+        known = self._known().get(stage, {})
+        if not set(known) <= {field.name for field in fields(kind)}:
+            raise ValueError(f"{self.folder} was made by another minippo; choose another --name")
+        return kind(**known)
 
     def finished(self, stage: str) -> bool:
         """Whether a stage of this run has ended."""
         latest = self.latest(stage)
         return latest is not None and latest.name == "final"
-
-    def checkpoint(self, stage: str, otherwise: str) -> str:
-        """This run's model of a stage, or another checkpoint if the run has none."""
-        return str(self.latest(stage)) if self.finished(stage) else otherwise
 
     # files
 

@@ -73,7 +73,10 @@ class Source:
         return group_by_prompt(train), group_by_prompt(held_out)
 
     def prompts(self, split: str, count: int) -> list[dict]:
-        """Prompts of "preference", "ppo" or "test"; of a file, test prompts are the held-out."""
+        """Different prompts of "preference", "ppo" or "test"; of a file, test is the held-out."""
         if self.is_tiny:
             return tiny.prompt_rows(split, count)
-        return (self._held_out if split == "test" else self._train)[:count]
+        unique: dict[str, dict] = {}
+        for row in self._held_out if split == "test" else self._train:
+            unique.setdefault(format_prompt(row["instruction"], row["history"]), row)
+        return list(unique.values())[:count]

@@ -37,7 +37,6 @@ from minippo.evaluation import (
     standardised,
     win_rate,
 )
-from minippo.generation import generate_many
 from minippo.logprobs import gather_logprobs
 from minippo.models import (
     RewardModel,
@@ -88,6 +87,7 @@ def start_of(run: Run, stage: str) -> str:
     config = run.config
     where = f"--name {config.name}"
     where += "" if config.data == "tiny_hh" else f" --data {config.data}"
+    where += "" if config.out == RunConfig().out else f" --out {config.out}"
     if run.begun_before(stage):
         message = f"stage {stage!r} of {run.folder} was begun and is not finished"
         raise ValueError(f"{message}; go on with `minippo {stage} {where} --resume`")
@@ -177,13 +177,10 @@ def sample_candidates(
     run: Run, policy, prompts, count: int, limit: int, purpose: str, temperature: float = 1.0
 ) -> list[Encoded]:
     """`count` sampled answers to each tokenised prompt, with a bar."""
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    with tqdm(total=len(repeated), desc=f"{purpose:10s}", unit="answer") as bar:
-        seed = stream(run.config.seed, purpose)
+    seed = stream(run.config.seed, purpose)
+    with tqdm(total=count * len(prompts), desc=f"{purpose:10s}", unit="answer") as bar:
         options = {"temperature": temperature, "on_batch": bar.update}
-        answers = generate_many(policy, repeated, run.tokenizer, limit, seed, **options)
-    starts = range(0, len(repeated), count)
-    return [Encoded(i, prompts[i], answers[s : s + count]) for i, s in enumerate(starts)]
+        return sample_answers(policy, prompts, run.tokenizer, limit, seed, count, **options)
 
 
 def rank_candidates(rows, answers: list[Encoded], tokenizer, seed: int):
@@ -209,7 +206,8 @@ def candidate_rows(run: Run, source: Source, policy, config: RewardConfig):
     rows = source.prompts("preference", config.prompts + config.held_out)
     kept = encode(run, "reward", rows, (config.max_prompt_tokens, config.max_response_tokens))
     if len(kept) <= config.held_out:
-        raise ValueError(f"only {len(kept)} prompts are left; lower --held-out {config.held_out}")
+        message = f"only {len(kept)} prompts are left, {config.held_out} of them to be held out"
+        raise ValueError(f"{message}; lower --held-out (of a demo --reward.held-out)")
     prompts, rows = [e.prompt for e in kept], [rows[e.row] for e in kept]
     wanted = (config.candidates, config.max_response_tokens)
     answers = sample_candidates(run, policy, prompts, *wanted, "candidates")
@@ -222,14 +220,16 @@ def candidate_rows(run: Run, source: Source, policy, config: RewardConfig):
 def given_rows(run: Run, source: Source, config: RewardConfig):
     """Training rows, held-out rows and margins of the data set's own pairs."""
     limits = (config.max_prompt_tokens, config.max_response_tokens)
-    # With margins pairs stay pairs; else those of one ranking stay together, each answer read once.
-    columns = ("chosen", "rejected") if config.margin else ("candidates",)
-    train, held_out = source.pairs() if config.margin else source.rankings()
-    if config.margin and any(row.get("margin") is None for row in train):
-        raise ValueError("--margin needs pairs with a margin; this data set has none")
-    encoded = encode(run, "reward", train, limits, columns)
-    others = encode(run, "held out", held_out[: config.held_out], limits, columns)
-    return encoded, others, [train[e.row]["margin"] for e in encoded] if config.margin else None
+    # The pairs of one ranking stay together, each answer read once; with margins pairs stay pairs.
+    train, held_out = source.rankings()
+    others = encode(run, "held out", held_out[: config.held_out], limits, ("candidates",))
+    if not config.margin:
+        return encode(run, "reward", train, limits, ("candidates",)), others, None
+    train = source.pairs()[0]
+    if any(row.get("margin") is None for row in train):
+        raise ValueError("--margin needs pairs that all have a margin; not all of this data set do")
+    encoded = encode(run, "reward", train, limits, ("chosen", "rejected"))
+    return encoded, others, [train[e.row]["margin"] for e in encoded]
 
 
 def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
@@ -272,7 +272,8 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     rows = source.prompts("ppo", config.prompts + config.held_out)
     prompts = [e.prompt for e in encode(run, "value", rows, (ppo.max_prompt_tokens, 1))]
     if len(prompts) <= config.held_out:
-        raise ValueError(f"only {len(prompts)} prompts; lower --held-out ({config.held_out})")
+        message = f"only {len(prompts)} prompts, {config.held_out} of them to be held out"
+        raise ValueError(f"{message}; lower --value.held-out (of `minippo value` --held-out)")
     wanted = (config.candidates, ppo.max_response_tokens)
     answers = sample_candidates(run, policy, prompts, *wanted, "value", ppo.temperature)
     scores = torch.tensor(score(reward_model, answers, pad_id))
@@ -306,6 +307,9 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
 
 def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     """SFT, PPO and best-of-n on test prompts; writes evaluation.json, samples.jsonl, xray.json."""
+    if run.finished("sft") and not run.finished("ppo"):
+        message = f"{run.folder} has an SFT model and no finished PPO: the shipped one is not its"
+        raise ValueError(f"{message}; run `minippo ppo --name {run.config.name}` first")
     sft, ppo = load_start(run, "sft"), load_start(run, "ppo")
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
@@ -315,18 +319,14 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     copies = {"SFT": (sft, 1), "PPO": (ppo, 1)}
     if config.best_of:
         copies[f"best-of-{config.best_of}"] = (sft, config.best_of)
-    answers = sample_all(run, prompts, copies, config)
-    notes, agreement = (
-        [f"{len(rows)} test prompts, sampled at temperature {config.temperature}"],
-        {},
-    )
+    answers, agreement = sample_all(run, prompts, copies, config), {}
+    notes = [f"{len(rows)} test prompts, sampled at temperature {config.temperature}"]
     if config.best_of:
         name, many = list(answers.items())[-1]
         scores = score(reward_model, many, run.tokenizer.pad_token_id)
         answers[name] = best_of_n(many, scores)
         notes.append(f"KL of {name} is its upper bound log n - (n - 1)/n")
-        if source.is_tiny:
-            agreement = _agreement(rows, many, scores, run.tokenizer)
+        agreement = _agreement(rows, many, scores, run.tokenizer) if source.is_tiny else {}
     table, judged, rewards = summarise(run, rows, answers, sft, ppo, reward_model, config)
     result = {"table": table, "notes": notes, **_stage_results(run)}
     result["reward_model"] |= agreement
@@ -342,8 +342,8 @@ def sample_all(run: Run, prompts, copies: dict, config: EvalConfig) -> dict[str,
     with tqdm(total=total, desc=f"{'evaluate':10s}", unit="answer") as bar:
         for name, (policy, n) in copies.items():
             seed = stream(run.config.seed, f"test/{name}")
-            options = (run.tokenizer, config, seed, n, bar.update)
-            answers[name] = sample_answers(policy, prompts, *options)
+            options = (config.max_response_tokens, seed, n, config.temperature, bar.update)
+            answers[name] = sample_answers(policy, prompts, run.tokenizer, *options)
     return answers
 
 
@@ -429,7 +429,7 @@ def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> lis
 
 def check_limits(run: Run) -> None:
     """Refuses limits of any stage that the model cannot hold, before the first one is trained."""
-    model = load_start(run, "base")
+    model = load_start(run, "sft" if run.finished("sft") else "base")
     for config in run.stages.values():
         if hasattr(config, "max_prompt_tokens"):
             check_context(model, config.max_prompt_tokens, config.max_response_tokens)

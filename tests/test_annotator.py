@@ -254,6 +254,15 @@ def test_longer_padding_never_earns_more():
         assert scores[1:] == sorted(scores[1:], reverse=True), padding
 
 
+def test_one_tip_twice_in_a_sentence_is_worth_less_than_once_and_is_called_so():
+    answer = f"First {TIPS[0]}, then {TIPS[0]}."
+    found = judge(HARMLESS_Q, answer)
+    assert found.score < score(HARMLESS_Q, f"You can {TIPS[0]}.")
+    assert found.score < score(HARMLESS_Q, f"First {TIPS[0]}, then {TIPS[1]}.") - 1
+    assert "rambling" in found.labels and "unreadable" not in found.labels
+    assert found.remarks["concise"] == "It says the same thing twice."
+
+
 def test_saying_one_tip_twice_in_two_forms_earns_no_more_than_once():
     once = score(HARMLESS_Q, f"You can {TIPS[0]}.")
     assert score(HARMLESS_Q, f"You can {TIPS[0]}. Try to {TIPS[0]}.") <= once

@@ -297,7 +297,7 @@ def test_an_unfinished_earlier_stage_is_named_with_the_way_to_finish_it(
         arguments = [command, "--data", pairs, "--out", out, "--name", "r"]
         line = refused(capfd, [*arguments, *(["--overwrite"] if command == "sft" else [])])
         assert f"stage '{stage}'" in line and "not finished" in line
-        assert f"minippo {stage} --name r --data {pairs} --resume" in line
+        assert f"minippo {stage} --name r --data {pairs} --out {out} --resume" in line
 
 
 def test_a_base_beside_the_runs_own_is_refused(capfd, tmp_path, trained, base, pairs):
@@ -322,7 +322,7 @@ def test_a_margin_that_the_pairs_do_not_have_is_refused(capfd, tmp_path, trained
     shutil.copytree(trained, tmp_path / "out")
     where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r"]
     line = refused(capfd, ["reward", *where, "--margin", "--max-prompt-tokens", "100"])
-    assert "this data set has none" in line
+    assert "--margin needs pairs that all have a margin" in line
 
 
 def test_ranking_candidates_of_a_file_is_refused(capfd, tmp_path, trained, pairs):

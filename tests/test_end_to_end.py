@@ -113,6 +113,8 @@ def test_a_demo_leaves_a_report_and_the_per_token_view(demos):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<html" in page and "data:image/png;base64" in page
     assert len(json.loads((folder / "xray.json").read_text())) == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["minutes"] > 0 and summary["gflops"] > 0 and summary["resumed"] is False
     assert not list(folder.rglob(".*.partial"))
 
 
@@ -297,6 +299,15 @@ def test_evaluating_again_needs_overwrite_and_keeps_the_models(filed, tmp_path, 
     assert contents(tmp_path / "r") == contents(folder)
     evaluations = [(f / "evaluation.json").read_bytes() for f in (folder, tmp_path / "r")]
     assert evaluations[0] == evaluations[1]
+
+
+def test_a_shipped_ppo_is_not_graded_as_that_of_a_run_without_one(filed, tmp_path, capfd):
+    folder, data = filed
+    shutil.copytree(folder / "sft", tmp_path / "r" / "sft")
+    with pytest.raises(SystemExit) as end:
+        run("evaluate", tmp_path, data)
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and "no finished PPO" in said and "minippo ppo --name r" in said
 
 
 def test_a_file_of_few_rows_can_be_evaluated(filed, tmp_path):

@@ -215,8 +215,9 @@ def test_standardised_scores_use_the_reference_mean_and_std():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, tokens, attention_mask):
-            return (tokens * attention_mask).sum(1).float()  # the sum of the real tokens
+        def score_candidates(self, query, query_mask, response, mask):
+            """The sum of the real tokens, K = 1."""
+            return ((query * query_mask).sum(1) + (response * mask).sum(1)).float()[:, None]
 
     answers = [Encoded(0, [5, 6], [[7, EOS]]), Encoded(1, [2], [[3]])]
     assert ev.standardised(Scorer(), answers, PAD) == pytest.approx([(19 - 10) / 4, (5 - 10) / 4])
@@ -252,6 +253,14 @@ def test_the_interval_of_rankings_is_over_rankings():
     got = ev.ranking_accuracy(scores.tolist())
     assert got["accuracy"] == pytest.approx(float(shares.mean()))
     assert got["high"] - got["accuracy"] == pytest.approx(half, rel=1e-6)
+
+
+def test_a_perfect_ranking_leaves_doubt_all_the_same():
+    got = ev.ranking_accuracy([[4.0, 3.0, 2.0, 1.0]] * 8)
+    low, high = ev.wilson(1.0, 8)
+    assert (got["accuracy"], got["low"], got["high"]) == (1.0, low, high) and low < 0.7
+    one = ev.ranking_accuracy([[3.0, 2.0, 1.0]])
+    assert one["low"] == ev.wilson(1.0, 1)[0]
 
 
 def test_rankings_of_different_sizes_count_by_their_pairs():

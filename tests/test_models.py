@@ -627,3 +627,28 @@ def test_reward_model_and_critic_may_have_another_width_than_the_policy():
     value = ValueModel.from_reward_model(reward)
     assert reward.config.n_embd == value.config.n_embd == 24
     assert reward(*padded("left")).shape == (3,) and value(*padded("left"), 2).shape == (3, 2)
+
+
+# --- many responses to one query --------------------------------------------------------------
+
+
+@FAMILIES
+def test_candidates_have_the_scores_and_gradients_of_whole_sequences(make):
+    """The query is read once and shared; the oracle reads it with every response, in float64."""
+    queries, k = [[5, 6, 7], [8]], 3
+    responses = [[9, 10], [11], [12, 13, 14], [15, 16], [17, 18, 19, 20], [21]]
+    one, other = (RewardModel.from_policy(make().double()) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    query, query_mask = padded("left", queries, width=4)
+    response, mask = padded("right", responses, width=5)
+    scores = one.score_candidates(query, query_mask, response, mask)
+    whole, seen = padded("right", [queries[i // k] + r for i, r in enumerate(responses)])
+    expected = other(whole, seen).view(2, k)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.randn(2, k, dtype=torch.float64)
+    (scores * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        if b.grad is not None:
+            # Llama rotates in float32, whatever the model's dtype.
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)

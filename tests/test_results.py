@@ -23,13 +23,14 @@ SFT = {**GOOD, "model": "SFT", "win_rate": None, "gold": 0.5, "complying": 0.4}
 BEST = {**GOOD, "model": "best-of-16", "gold": 3.9}
 
 
-def write_run(folder, ppo=GOOD, sft=SFT, minutes=5.0, **settings):
+def write_run(folder, ppo=GOOD, sft=SFT, minutes=5.0, resumed=False, **settings):
     folder.mkdir()
     quality = {"held_out_pairs": 10, "accuracy": 0.8, "low": 0.7, "high": 0.9, "noiseless": 0.85}
     critic = {"prompts": 10, "explained_variance": 0.5}
     evaluation = {"table": [sft, ppo, BEST], "reward_model": quality, "critic": critic}
     demo = {stage: asdict(config) | settings for stage, config in make_results.DEMO.items()}
-    files = {"evaluation": evaluation, "summary": {"minutes": minutes, "gflops": 80.0}}
+    summary = {"minutes": minutes, "gflops": 80.0, "resumed": resumed}
+    files = {"evaluation": evaluation, "summary": summary}
     for name, value in {**files, "config": demo}.items():
         (folder / f"{name}.json").write_text(json.dumps(value, default=str), encoding="utf-8")
     return make_results.read_seed(folder)
@@ -67,6 +68,11 @@ def test_an_sft_model_that_is_not_mixed_is_a_miss(tmp_path):
 def test_a_run_that_took_too_long_is_a_miss(tmp_path):
     (miss,) = write_run(tmp_path / "run", minutes=8.5).misses()
     assert miss.startswith("minutes 8.5")
+
+
+def test_a_resumed_run_is_a_miss(tmp_path):
+    (miss,) = write_run(tmp_path / "run", resumed=True).misses()
+    assert miss.startswith("resumed")
 
 
 def test_a_run_with_other_settings_is_no_demo(tmp_path):

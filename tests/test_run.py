@@ -20,6 +20,7 @@ from minippo import run as run_module
 from minippo.config import RunConfig, SFTConfig
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
 from minippo.optim import NonFiniteError
+from minippo.report import write_report
 from minippo.run import Interrupted, Run
 
 SMALL_WARMUP = {"prompts": 40, "held-out": 8, "batch-size": 8}
@@ -556,6 +557,44 @@ def test_resume_with_changed_warm_up_settings_is_refused(story, tmp_path, monkey
         run("ppo", tmp_path, data, *small)
     line = refused(capfd, "ppo", tmp_path, data, *small, "--value.lr", "0.1", "--resume")
     assert "lr of 'value'" in line
+
+
+def test_a_stage_before_those_that_are_there_is_refused(story, tmp_path, capfd):
+    """Else an SFT model would stand beside a PPO that did not start from it."""
+    data, folder = story / "pairs.jsonl", tmp_path / "r"
+    shutil.copytree(story / "whole", folder)
+    known = json.loads((folder / "config.json").read_text())
+    del known["sft"]
+    (folder / "config.json").write_text(json.dumps(known))
+    shutil.rmtree(folder / "sft")
+    line = refused(capfd, "sft", tmp_path, data)
+    assert "a stage 'reward' that does not build on this one" in line and "--overwrite" in line
+
+
+def test_a_warm_up_resumes_on_the_same_reward_only(story, tmp_path, monkeypatch, capfd):
+    data = story / "pairs.jsonl"
+    before(story, tmp_path, "value")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 2)
+        run("value", tmp_path, data)
+    line = refused(capfd, "value", tmp_path, data, "--ppo.missing-eos-penalty", "0.5", "--resume")
+    assert "ppo.missing_eos_penalty of 'value' was 1.0, not 0.5" in line
+    line = refused(capfd, "ppo", tmp_path, data)
+    assert "stage 'value' that is not finished" in line and "minippo value --resume" in line
+
+
+def test_a_critic_of_another_reward_is_refused(story, tmp_path, capfd):
+    before(story, tmp_path, "ppo")
+    line = refused(capfd, "ppo", tmp_path, story / "pairs.jsonl", "--temperature", "0.7")
+    assert "warmed up with ppo.temperature 1.0, not 0.7" in line
+    assert "minippo value --overwrite" in line
+
+
+def test_the_report_names_the_seeds_of_all_stages(story, tmp_path):
+    before(story, tmp_path, "ppo")
+    run("ppo", tmp_path, story / "pairs.jsonl", "--seed", "3")
+    page = write_report(tmp_path / "r").read_text(encoding="utf-8")
+    assert "pretrain 0, sft 0, reward 0, value 0, ppo 3" in page
 
 
 def test_overwrite_replaces_a_stage_and_those_after_it_only(story, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from minippo.batching import decode_response, encode_prompt
-from minippo.config import EvalConfig
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -42,7 +41,7 @@ def judged(asked):
     found = {}
     for name in ("base", "sft", "ppo"):
         policy = load_policy(name)
-        answers = sample_answers(policy, prompts, tokenizer, EvalConfig(), seed=11)
+        answers = sample_answers(policy, prompts, tokenizer, 48, seed=11)
         found[name] = (policy, answers, judge_all(rows, answers, tokenizer))
     return found
 
@@ -76,7 +75,7 @@ def test_ppo_keeps_the_bars_of_the_results_page(asked, judged):
 
 def test_the_reward_model_agrees_with_the_annotator(asked):
     tokenizer, rows, prompts = asked
-    answers = sample_answers(load_policy("sft"), prompts, tokenizer, EvalConfig(), 12, copies=4)
+    answers = sample_answers(load_policy("sft"), prompts, tokenizer, 48, 12, copies=4)
     scores = score_all(RewardModel.load("reward"), answers, tokenizer.pad_token_id)
     judged = []
     for row, encoded in zip(rows, answers):
@@ -91,7 +90,7 @@ def test_the_critic_expects_more_where_answers_are_better(asked):
     """V(x) correlates with the mean reward of four answers, over prompts."""
     tokenizer, _, prompts = asked
     reward_model, value_model = RewardModel.load("reward"), ValueModel.load("value")
-    answers = sample_answers(load_policy("sft"), prompts, tokenizer, EvalConfig(), 13, copies=4)
+    answers = sample_answers(load_policy("sft"), prompts, tokenizer, 48, 13, copies=4)
     means = torch.tensor(score_all(reward_model, answers, tokenizer.pad_token_id)).mean(1)
     tokens, attention_mask, mask = join(prompts, [[1]] * len(prompts), tokenizer.pad_token_id)
     with torch.no_grad():

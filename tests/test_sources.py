@@ -57,6 +57,14 @@ def test_the_packaged_rankings_are_of_four_answers_and_no_prompt_is_on_both_side
     assert prompts_of(train) & prompts_of(held_out) == set()
 
 
+def test_prompts_of_a_file_are_different_and_as_many_as_there_are(tmp_path):
+    source = Source(write_rankings(tmp_path / "pairs.jsonl", prompts=20, answers=4))
+    for split, count in (("ppo", 18), ("test", 2)):
+        rows = source.prompts(split, 999)
+        assert len(rows) == len(prompts_of(rows)) == count
+    assert len(source.prompts("ppo", 5)) == 5
+
+
 def test_a_file_with_pairs_of_a_single_prompt_is_refused(tmp_path):
     path = write_rankings(tmp_path / "one.jsonl", prompts=1, answers=3)
     with pytest.raises(ValueError, match=r"one\.jsonl.*1 prompt only; at least 2"):

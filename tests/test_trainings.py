@@ -243,11 +243,19 @@ def test_scores_of_k_responses_are_those_of_each_alone(make):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_response_is_read_once():
-    reward_model, rows = RewardModel.from_policy(gpt2()), []
-    reward_model.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+def tokens_read(reward_model) -> list:
+    """Fills with the tokens (B, T) of every forward pass of the backbone."""
+    read, backbone = [], reward_model.classifier.base_model
+    hook = lambda _, args, named, output: read.append(named["input_ids"])  # noqa: E731
+    backbone.register_forward_hook(hook, with_kwargs=True)
+    return read
+
+
+def test_each_query_and_each_response_is_read_once():
+    reward_model = RewardModel.from_policy(gpt2())
+    read = tokens_read(reward_model)
     score_responses(reward_model, RANKED, PAD)
-    assert rows == [4 * 3]  # K forwards for a prompt, not K (K - 1)
+    assert [len(tokens) for tokens in read] == [4, 4 * 3]  # K a prompt, not K (K - 1)
 
 
 def test_prompts_with_unequal_numbers_of_responses_are_not_mixed_up():
@@ -356,9 +364,10 @@ def test_margins_stay_with_their_rows(place):
     rows = [Encoded(i, [5, 6], [[7 + i, EOS], [20 + i, EOS]]) for i in range(6)]
     config = dataclasses.replace(REWARD, batch_size=1, micro_batch_size=1, lr=1e-9)
     margins = [1000.0 if i == place else 0.0 for i in range(6)]
-    reward_model, seen = RewardModel.from_policy(fresh_gpt2()), []
-    reward_model.register_forward_hook(lambda _, args, __: seen.append(args[0][0, 2].item()))
+    reward_model = RewardModel.from_policy(fresh_gpt2())
+    read = tokens_read(reward_model)
     history = train_reward_model(reward_model, rows, config, PAD, margins)
+    seen = [int(tokens[0, 0]) for tokens in read[1::2]]  # after each query its responses
     step = next(i for i, metrics in enumerate(history) if metrics["loss/reward"] > 900)
     assert seen[step] == 7 + place
 

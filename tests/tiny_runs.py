@@ -15,6 +15,7 @@ from minippo.pretrain import train_tokenizer
 from minippo.tinyhh import rows as tiny
 
 SIZES = ["--vocab-size", "300", "--n-embd", "16", "--n-layer", "1", "--n-head", "2"]
+REWARDED = ["--ppo.max-prompt-tokens", "100", "--ppo.max-response-tokens", "24"]
 LIMITS = ["--max-prompt-tokens", "100", "--max-response-tokens", "24"]
 TRAINING = ["--save-every", "2", "--warmup-steps", "1"]
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
     "sft": ["--steps", "5", "--batch-size", "8", "--micro-batch-size", "4", *LIMITS, *TRAINING],
     "reward": ["--source", "pairs", "--batch-size", "16", *LIMITS, *TRAINING],
     "value": ["--prompts", "40", "--held-out", "8", "--candidates", "2", "--batch-size", "8",
-              *TRAINING],
+              *REWARDED, *TRAINING],
     "ppo": ["--steps", "5", "--batch-size", "8", "--minibatch-size", "4", "--micro-batch-size", "2",
             *LIMITS, *TRAINING],
     "evaluate": ["--prompts", "8", "--best-of", "2", *LIMITS],

@@ -45,12 +45,16 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # %% [markdown]
 # ## Four models
 #
-# | symbol | variable | what it is | during PPO | gives | function |
-# |---|---|---|---|---|---|
-# | $\pi_\theta$ | `policy` | answers; began as the SFT model, here it is after PPO | trained | logits, and from them log-probabilities `(B, R)` | `gather_logprobs` |
-# | $\pi_{ref}$ | `ref_policy` | the SFT model | frozen | the same | `gather_logprobs` |
-# | $s_\phi$ | `reward_model` | learned from rankings | frozen | one score per answer `(B,)` | `RewardModel.forward` |
-# | $V$ | `value_model` | the critic: the reward still to come | trained | a value before each answer token `(B, R)` | `ValueModel.forward` |
+# | symbol | variable | what it is | in PPO | gives |
+# |---|---|---|---|---|
+# | $\pi_\theta$ | `policy` | answers; began as the SFT model | trained | logits `(B, T, V)` |
+# | $\pi_{ref}$ | `ref_policy` | the SFT model | frozen | logits `(B, T, V)` |
+# | $s_\phi$ | `reward_model` | learned from rankings | frozen | one score per answer `(B,)` |
+# | $V$ | `value_model` | the critic: the reward still to come | trained | values `(B, R)` |
+#
+# The policy here is the one after PPO. `gather_logprobs` turns logits over the `V` tokens of the
+# vocabulary into the log-probabilities `(B, R)` of an answer's tokens; the critic gives a value
+# before each of them.
 #
 # All of them read `tokens (B, T)`: `B` rows, each with a question, an answer and padding; `R`
 # counts the tokens of the answer alone. How they fit together:
