@@ -163,17 +163,17 @@ def samples_text(folder: Path, count: int = 10) -> str:
     for row in rows[:count]:
         turns = [*(f"{q} / {a}" for q, a in row["history"]), row["instruction"]]
         answers = [f"{row['answers'][m]} ({row['gold'][m]:+.1f})" for m in ("SFT", "PPO")]
-        lines.append([" / ".join(turns), *answers])
+        lines.append([" ".join(cell.split()) for cell in (" / ".join(turns), *answers)])
     return table(["asked", "SFT (gold score)", "PPO (gold score)"], lines)
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
     """Replaces what stands between <!-- NAME --> and <!-- /NAME --> in a file."""
     old = path.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(old):
         raise ValueError(f"{path} has no block <!-- {name} -->")
-    new = pattern.sub(lambda match: match[1] + text + match[2], old)
+    new = pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", old)
     path.write_text(new, encoding="utf-8")
 
 

@@ -85,6 +85,9 @@ def test_a_block_is_replaced_and_a_missing_one_is_an_error(tmp_path):
     page.write_text("a\n<!-- x -->\nold\nlines\n<!-- /x -->\nb\n", encoding="utf-8")
     make_results.replace_block(page, "x", "new \\1 text")
     assert page.read_text(encoding="utf-8") == "a\n<!-- x -->\nnew \\1 text\n<!-- /x -->\nb\n"
+    page.write_text("<!-- x -->\n<!-- /x -->\n", encoding="utf-8")
+    make_results.replace_block(page, "x", "first")
+    assert page.read_text(encoding="utf-8") == "<!-- x -->\nfirst\n<!-- /x -->\n"
     with pytest.raises(ValueError, match="no block <!-- y -->"):
         make_results.replace_block(page, "y", "")
 
