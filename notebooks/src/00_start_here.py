@@ -60,12 +60,14 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # counts the tokens of the answer alone. How they fit together:
 #
 # ```text
-# question ──> policy ──> answer ──> reward_model ──> score ──────────┐
-#                           │                                         ├──> rewards, one per token
-#                           └──> policy and ref_policy ──> kl · −β ───┘            │
-#                           └──> value_model ──> values ──> advantages  <──────────┘
-#                                                               │
-#                             update of policy and value_model <┘   (then the next rollout)
+# question ──> policy ──> answer
+#
+# answer ──> reward_model ───────────> score ──┐
+# answer ──> policy, ref_policy ──> kl · (−β) ─┴──> rewards, one per token
+# answer ──> value_model ──> values ───────────┐               │
+#                                              └──> advantages <┘
+#                                                        │
+#      next rollout <── update of policy and value_model <┘
 # ```
 #
 # And where they come from: a *base* model is pretrained on text; **SFT** (supervised fine-tuning)
@@ -286,8 +288,8 @@ plt.show()
 
 # %% [markdown]
 # PPO's answers pile up at the upper end; what the SFT model had learned from the rude and the
-# harmful part of the crowd is nearly gone. A few answers on the left are still wrong: fluent, and
-# about something else.
+# harmful part of the crowd is nearly gone. A few on the left are still wrong:
+# a broken sentence, or a fluent one about something else.
 
 # %% [markdown]
 # ## Claims
