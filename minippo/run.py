@@ -51,30 +51,27 @@ class Run(Hooks):
 
     def _check(self, overwrite: bool) -> None:
         """Refuses what contradicts the folder; writes nothing yet."""
-        known, resume = self._known(), self.config.resume
+        known, resume, folder = self._known(), self.config.resume, self.folder
+        first = min(ORDER.index(name) for name in self.stages)
         again = [name for name in self.stages if name in known]
+        later = [name for name in ORDER[first + 1 :] if name in known]
         if resume and overwrite:
             raise ValueError("--resume goes on and --overwrite starts over; leave one of them out")
         if resume and not known:
-            raise ValueError(f"there is no run in {self.folder} to resume; leave out --resume")
+            raise ValueError(f"there is no run in {folder} to resume; leave out --resume")
         if overwrite:
-            first = min(ORDER.index(name) for name in self.stages)
             self.discarded = ORDER[first:] if known else ()
-        elif again and not resume:
-            raise ValueError(
-                f"{self.folder} has a stage {again[0]!r} already; go on with --resume, replace it "
-                "and the stages after it with --overwrite, or choose another --name"
-            )
-        elif all(self.finished(name) for name in self.stages):
+            return
+        if again and not resume:
+            message = f"{folder} has a stage {again[0]!r} already; go on with --resume, replace it"
+            raise ValueError(f"{message} and later ones with --overwrite, or take another --name")
+        if all(self.finished(name) for name in self.stages):
             done = ", ".join(self.stages)
-            raise ValueError(f"{done} of {self.folder} is finished; replace it with --overwrite")
-        elif not resume:
-            first = min(ORDER.index(name) for name in self.stages)
-            later = [name for name in ORDER[first + 1 :] if name in known]
-            if later:
-                message = f"{self.folder} has a stage {later[0]!r} that does not build on this one"
-                raise ValueError(f"{message}; replace it with --overwrite, or take another --name")
-        for name in again if resume else ():
+            raise ValueError(f"{done} of {folder} is finished; replace it with --overwrite")
+        if later and not resume:
+            message = f"{folder} has a stage {later[0]!r} that does not build on this one"
+            raise ValueError(f"{message}; replace it with --overwrite, or take another --name")
+        for name in again:
             self._check_unchanged(name, known)
 
     def _check_unchanged(self, name: str, known: dict) -> None:

@@ -1,6 +1,5 @@
 """The command line: every mistake is one line and exit code 2, before anything is trained."""
 
-import builtins
 import dataclasses
 import json
 import os
@@ -407,19 +406,6 @@ def test_doctor_names_a_checkpoint_that_does_not_load(data_dir, damage, capsys):
     assert end.value.code == 1
     assert [line.split()[0] for line in lines if "does not load" in line] == ["reward"]
     assert sum(" loads: " in line for line in lines) == 4
-
-
-def typed(monkeypatch, lines: list[str]) -> None:
-    """What a person types; then the input ends."""
-    left = iter(lines)
-
-    def answer(prompt=""):
-        try:
-            return next(left)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(builtins, "input", answer)
 
 
 def test_chat_reads_a_pipe(data_dir, monkeypatch, capsys, tmp_path):

@@ -331,9 +331,11 @@ def test_results_that_are_no_numbers_are_named_and_not_written(tmp_path, number)
 def test_windows_is_not_asked_for_what_it_cannot_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     monkeypatch.setattr(files.sys, "platform", "win32")
-    monkeypatch.setattr(os, "open", full)
+    opened = []
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments))
     files.sync(tmp_path)
     files.sync(tmp_path / "file")
+    assert opened == []
 
 
 # a disk that is full or read-only
