@@ -174,7 +174,7 @@ class Run(Hooks):
         if self.stopping or (step + 1) % self.stages[stage].save_every == 0:
             self.save(stage, step + 1)
         if self.stopping:
-            self._close()
+            self.close()
             raise Interrupted(f"saved after step {step} of {stage}; go on with --resume")
 
     def finish(self, stage: str) -> None:
@@ -183,15 +183,18 @@ class Run(Hooks):
         Raises Interrupted if Ctrl-C was pressed since the last step: no other step would see it.
         """
         self.save(stage, self.bar.n, finished=True)
-        self._close()
+        self.close()
         if self.stopping:
             done = all(self.finished(name) for name in self.stages)
             then = "nothing is left to do" if done else "go on with --resume"
             raise Interrupted(f"{stage} is finished and saved; {then}")
 
-    def _close(self) -> None:
-        self.bar.close()
-        signal.signal(signal.SIGINT, self.handler)
+    def close(self) -> None:
+        """Gives the terminal and Ctrl-C back, if a stage has them."""
+        if self.bar is not None:
+            self.bar.close()
+            signal.signal(signal.SIGINT, self.handler)
+        self.bar = None
 
     # checkpoints
 

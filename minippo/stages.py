@@ -5,6 +5,7 @@ library's functions, and leaves its results in the run's folder.
 """
 
 import copy
+import functools
 import json
 import random
 import time
@@ -61,6 +62,19 @@ from minippo.sources import PPO_PROMPTS, Source
 from minippo.tinyhh.annotator import judge, rank
 from minippo.value_model import prompt_explained_variance, train_value_model
 from minippo.xray import xray
+
+
+def _closing(stage):
+    """The stage, giving the terminal and Ctrl-C back however it ends."""
+
+    @functools.wraps(stage)
+    def closing(run, *arguments):
+        try:
+            return stage(run, *arguments)
+        finally:
+            run.close()
+
+    return closing
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,6 +156,7 @@ def score_stats(reward_model, config: PPOConfig) -> tuple[float, float]:
     return (reward_model.mean, reward_model.std) if config.standardize_scores else (0.0, 1.0)
 
 
+@_closing
 def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
     """Tokenizer and base model from the text of the data set."""
     texts = source.texts()
@@ -163,6 +178,7 @@ def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
     run.finish("pretrain")
 
 
+@_closing
 def sft_stage(run: Run, source: Source, config: SFTConfig) -> None:
     """The base model imitates the demonstrations."""
     policy = load_start(run, "base")
@@ -232,6 +248,7 @@ def given_rows(run: Run, source: Source, config: RewardConfig):
     return encoded, others, [train[e.row]["margin"] for e in encoded]
 
 
+@_closing
 def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
     """The reward model, from rankings of the SFT model's own candidates or from given pairs."""
     ranks_candidates = config.source == "candidates" or config.source == "auto" and source.is_tiny
@@ -259,6 +276,7 @@ def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
     run.finish("reward")
 
 
+@_closing
 def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -> None:
     """The critic learns the mean reward of each prompt's answers before PPO begins.
 
@@ -290,6 +308,7 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     run.finish("value")
 
 
+@_closing
 def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
     """PPO from the SFT policy, against the frozen reward model."""
     policy = load_start(run, "sft")

@@ -302,6 +302,19 @@ def test_the_handler_of_ctrl_c_that_was_there_before_is_there_again(tmp_path):
     assert signal.getsignal(signal.SIGINT) is mine
 
 
+def test_a_training_that_fails_gives_ctrl_c_back(story, tmp_path, monkeypatch):
+    def mine(signum, frame):
+        pass
+
+    before(story, tmp_path, "sft")
+    signal.signal(signal.SIGINT, mine)
+    broken = lambda policy, *rest: policy.lm_head.weight.sum() * float("nan")  # noqa: E731
+    monkeypatch.setattr(minippo.sft, "sft_loss", broken)
+    with pytest.raises(SystemExit):
+        run("sft", tmp_path, story / "pairs.jsonl")
+    assert signal.getsignal(signal.SIGINT) is mine
+
+
 # what may not be written
 
 
