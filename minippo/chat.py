@@ -46,7 +46,13 @@ def talk(
 
 
 def _checkpoints(folder: Path) -> dict[str, str]:
-    """Where the two models are, which is printed. Never one of a run beside a shipped one."""
+    """Where the two models are, which is printed.
+
+    A shipped SFT model stands beside a run's PPO only where that started from it.
+    """
+    if (folder / "ppo" / "final").is_dir() and not (folder / "sft").is_dir():
+        print(f"{folder} has no stage 'sft': this is the shipped one, and PPO of {folder}")
+        return {"SFT": "sft", "PPO": str(final_checkpoint(folder, "ppo"))}
     if folder.is_dir():
         paths = {label: str(final_checkpoint(folder, stage)) for label, stage in STAGES.items()}
         print("This is " + " and ".join(f"{label} of {path}" for label, path in paths.items()))

@@ -68,7 +68,7 @@ def demo(
     opened.write_json("summary.json", summary)
     print(f"\n{minutes:.1f} minutes on a machine of {gflops:.0f} GFLOP/s")
     print(f"report: {opened.folder / 'report.html'}")
-    print(f"talk to both: minippo chat --name {run.name}")
+    print(f"talk to both: minippo chat {run.options()}")
 
 
 def pretrain(
@@ -139,7 +139,7 @@ def ppo(
         stages.value_stage(opened, source, value, config)
     elif value not in (ValueConfig(), opened.settings("value", ValueConfig)):
         message = f"the critic of {opened.folder} is warmed up already; leave out --value.*"
-        raise ValueError(f"{message}, or redo it with `minippo value --overwrite`")
+        raise ValueError(f"{message}, or redo it: `minippo value {run.options()} --overwrite`")
     else:
         opened.check_critic()
     stages.ppo_stage(opened, source, config)
@@ -155,10 +155,12 @@ def evaluate(
     --name RUN evaluates that run; without it the shipped checkpoints are compared.
     """
     from minippo import stages
+    from minippo.report import write_report
 
     opened, source = _open(run, {"eval": config}, overwrite)
     result = stages.evaluate_stage(opened, source, config)
     print("\n" + stages.table_text(result["table"]))
+    print(f"\nreport: {write_report(opened.folder)}")
 
 
 def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
@@ -258,7 +260,7 @@ def _parse(arguments: list[str] | None):
     except SystemExit as end:
         if not end.code:
             raise  # --help
-        raise ValueError(_one_line(said.getvalue())) from end
+        raise ValueError(_mistake(said.getvalue())) from end
 
 
 def _deferred(command):
@@ -273,6 +275,15 @@ def _close_bars() -> None:
     """So that a message stands on a line of its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+
+
+def _mistake(said: str) -> str:
+    """What is wrong with the options, without the other commands' options that tyro lists."""
+    text, titles = _one_line(said), "Unrecognized options|Value error|Parsing error"
+    near = re.search(r"Perhaps you meant: (--\S+)", text)
+    text = re.split(r" Perhaps you meant:| For full helptext", text)[0]
+    text = re.sub(rf"^({titles}) (?=Unrecognized|Error)", "", text)
+    return f"{text}; did you mean {near[1]}?" if near else text
 
 
 def _one_line(text: str) -> str:

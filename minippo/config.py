@@ -208,4 +208,12 @@ class RunConfig(_Settings):
 
     def __post_init__(self):
         _require(bool(self.name), "RunConfig.name is empty; give the run a name")
+        message = f"RunConfig.name is {self.name!r}; a name has no '/', --out gives the folder"
+        _require(Path(self.name).name == self.name != "..", message)
         super().__post_init__()
+
+    def options(self) -> str:
+        """The options that name this run in a command; without them a command means `demo`."""
+        out = "" if self.out == type(self).out else f" --out {self.out}"
+        data = "" if self.data == type(self).data else f" --data {self.data}"
+        return f"--name {self.name}{data}{out}"

@@ -100,7 +100,8 @@ class Run(Hooks):
         if changed:
             message = f"the critic of {self.folder} was warmed up with {changed[0]} "
             message += f"{begun[changed[0]]!r}, not {now.get(changed[0])!r}"
-            raise ValueError(f"{message}; redo it: `minippo value --overwrite`, with that --ppo.*")
+            remedy = f"`minippo value {self.config.options()} --overwrite`"
+            raise ValueError(f"{message}; redo it: {remedy}, with that --ppo.*")
 
     def _known(self) -> dict:
         path = self.folder / "config.json"
@@ -141,9 +142,10 @@ class Run(Hooks):
         if self.config.resume and name in known:
             self._check_unchanged(name, known)
         elif name in known and name not in self.discarded:
+            command = f"minippo {name} {self.config.options()}"
             raise ValueError(
-                f"{self.folder} has a stage {name!r} that is not finished; go on with `minippo "
-                f"{name} --resume`, or replace it with `minippo {name} --overwrite`"
+                f"{self.folder} has a stage {name!r} that is not finished; go on with `{command} "
+                f"--resume`, or replace it with `{command} --overwrite`"
             )
         self.begun = False  # its settings are written when it starts
 
@@ -334,7 +336,8 @@ def final_checkpoint(folder: Path, stage: str) -> Path:
     final = folder / stage / "final"
     if final.is_dir():
         return final
-    remedy = f"run `minippo {stage} --name {folder.name}` first, with --resume if it was stopped"
+    options = RunConfig(name=folder.name, out=folder.parent).options()
+    remedy = f"run `minippo {stage} {options}` first, with --resume if it was stopped"
     raise ValueError(f"{folder} has no finished stage {stage!r}; {remedy}")
 
 

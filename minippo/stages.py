@@ -98,16 +98,13 @@ def start_of(run: Run, stage: str) -> str:
     """The checkpoint of an earlier stage: this run's, else for TinyHH the shipped one."""
     if run.finished(stage):
         return str(run.latest(stage))
-    config = run.config
-    where = f"--name {config.name}"
-    where += "" if config.data == "tiny_hh" else f" --data {config.data}"
-    where += "" if config.out == RunConfig().out else f" --out {config.out}"
+    command = f"minippo {stage} {run.config.options()}"
     if run.begun_before(stage):
         message = f"stage {stage!r} of {run.folder} was begun and is not finished"
-        raise ValueError(f"{message}; go on with `minippo {stage} {where} --resume`")
-    if config.data != "tiny_hh":
+        raise ValueError(f"{message}; go on with `{command} --resume`")
+    if run.config.data != "tiny_hh":
         message = f"{run.folder} has no finished stage {stage!r}"
-        raise ValueError(f"{message}; run `minippo {stage} {where}` first")
+        raise ValueError(f"{message}; run `{command}` first")
     tqdm.write(f"{run.folder} has no stage {stage!r}: taking the shipped checkpoint")
     return stage
 
@@ -328,7 +325,7 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     """SFT, PPO and best-of-n on test prompts; writes evaluation.json, samples.jsonl, xray.json."""
     if run.finished("sft") and not run.finished("ppo"):
         message = f"{run.folder} has an SFT model and no finished PPO: the shipped one is not its"
-        raise ValueError(f"{message}; run `minippo ppo --name {run.config.name}` first")
+        raise ValueError(f"{message}; run `minippo ppo {run.config.options()}` first")
     sft, ppo = load_start(run, "sft"), load_start(run, "ppo")
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))

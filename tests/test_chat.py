@@ -95,6 +95,17 @@ def test_both_models_are_those_of_the_run_and_it_says_which(
     assert all(place in first for place in places) and "ships" not in first
 
 
+def test_a_ppo_that_began_at_the_shipped_sft_model_answers_beside_it(
+    shipped, base, asked, monkeypatch, capsys, tmp_path
+):
+    folder = save_run(tmp_path / "mine", base, {"ppo": "final"})
+    typed(monkeypatch, ["one"])
+    chat.talk("mine", tmp_path)
+    places = [str(tmp_path / "data" / "checkpoints" / "sft"), str(folder / "ppo" / "final")]
+    assert [model for model, _, _ in asked] == places
+    assert "no stage 'sft': this is the shipped one" in capsys.readouterr().out
+
+
 def test_a_name_of_no_run_is_refused(shipped, tmp_path):
     with pytest.raises(ValueError, match="no run .*dmeo.*--name"):
         chat.talk("dmeo", tmp_path)

@@ -130,6 +130,9 @@ def test_the_help_of_a_command_mentions_every_field_of_its_configs(command, caps
         (["sft", "--seed", "-1"], "seed"),
         (["sft", "--limit", "0"], "limit"),
         (["sft", "--name", ""], "name"),
+        (["sft", "--name", "../x"], "RunConfig.name is '../x'"),
+        (["sft", "--name", ".."], "RunConfig.name is '..'"),
+        (["ppo", "--step", "3"], "--step, 3; did you mean --steps?"),
         (["train"], "train"),
     ],
 )
@@ -137,6 +140,7 @@ def test_a_bad_setting_is_one_line_that_names_it(arguments, named, capfd, tmp_pa
     monkeypatch.chdir(tmp_path)
     line = refused(capfd, arguments, tmp_path / "runs")
     assert named in line and "tyro" not in line and "\u2502" not in line
+    assert len(line) < 400, line
 
 
 def test_an_unknown_device_is_refused(capfd, tmp_path, base, pairs):
@@ -283,7 +287,8 @@ def test_settings_of_a_warm_up_that_is_over_are_refused(capfd, tmp_path, finishe
     shutil.copytree(finished, tmp_path / "out")
     where = ["--data", pairs, "--out", tmp_path / "out", "--name", "r", "--overwrite"]
     line = refused(capfd, ["ppo", *where, "--max-prompt-tokens", "100", "--value.epochs", "9"])
-    assert "warmed up already" in line and "minippo value --overwrite" in line
+    command = f"minippo value --name r --data {pairs} --out {tmp_path / 'out'} --overwrite"
+    assert "warmed up already" in line and command in line  # without a name it would mean `demo`
 
 
 def test_an_unfinished_earlier_stage_is_named_with_the_way_to_finish_it(

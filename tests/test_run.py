@@ -595,14 +595,15 @@ def test_a_warm_up_resumes_on_the_same_reward_only(story, tmp_path, monkeypatch,
     line = refused(capfd, "value", tmp_path, data, "--ppo.missing-eos-penalty", "0.5", "--resume")
     assert "ppo.missing_eos_penalty of 'value' was 1.0, not 0.5" in line
     line = refused(capfd, "ppo", tmp_path, data)
-    assert "stage 'value' that is not finished" in line and "minippo value --resume" in line
+    command = f"minippo value --name r --data {data} --out {tmp_path}"
+    assert "stage 'value' that is not finished" in line and f"{command} --resume" in line
 
 
 def test_a_critic_of_another_reward_is_refused(story, tmp_path, capfd):
     before(story, tmp_path, "ppo")
     line = refused(capfd, "ppo", tmp_path, story / "pairs.jsonl", "--temperature", "0.7")
     assert "warmed up with ppo.temperature 1.0, not 0.7" in line
-    assert "minippo value --overwrite" in line
+    assert f"minippo value --name r --data {story / 'pairs.jsonl'} --out {tmp_path} --ov" in line
 
 
 def test_the_report_names_the_seeds_of_all_stages(story, tmp_path):

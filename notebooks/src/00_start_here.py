@@ -30,8 +30,7 @@ import warnings
 os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore", message="IProgress not found")
 if "google.colab" in sys.modules:
-    # %pip install -q minippo
-    pass  # outside of Jupyter the line above is a comment, and a block needs a line
+    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
 
 # %%
 import torch
