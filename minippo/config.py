@@ -182,9 +182,11 @@ class PPOConfig(_Settings):
 
 @dataclass(frozen=True)
 class EvalConfig(_Settings):
-    """Evaluation on test prompts nobody trained on."""
+    """Evaluation on prompts nobody trained on."""
 
-    prompts: int = 512  # test prompts; 200 to 2,000
+    # test: what is reported, once; validation: what settings are chosen on (TinyHH has both)
+    prompts_of: Literal["test", "validation"] = "test"
+    prompts: int = 512  # prompts that are answered; 200 to 2,000
     best_of: int = 16  # n of best-of-n by the same reward model; 4 to 64, 0 skips it
     samples: int = 10  # answers shown side by side in the report; 0 to 100
     temperature: float = 1.0  # of the sampling; 1 is the policy itself

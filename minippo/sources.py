@@ -73,9 +73,14 @@ class Source:
         return group_by_prompt(train), group_by_prompt(held_out)
 
     def prompts(self, split: str, count: int) -> list[dict]:
-        """Different prompts of "preference", "ppo" or "test"; of a file, test is the held-out."""
+        """Different prompts of a TinyHH split; of a file, "test" is the held-out tenth.
+
+        Raises ValueError if "validation" is asked of a file, which has none.
+        """
         if self.is_tiny:
             return tiny.prompt_rows(split, count)
+        if split == "validation":
+            raise ValueError(f"{self.data} has no validation prompts; use --prompts-of test")
         unique: dict[str, dict] = {}
         for row in self._held_out if split == "test" else self._train:
             unique.setdefault(format_prompt(row["instruction"], row["history"]), row)

@@ -322,21 +322,21 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
 
 
 def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
-    """SFT, PPO and best-of-n on test prompts; writes evaluation.json, samples.jsonl, xray.json."""
+    """SFT, PPO and best-of-n on held-out prompts; writes evaluation.json, samples.jsonl, xray.json."""
     if run.finished("sft") and not run.finished("ppo"):
         message = f"{run.folder} has an SFT model and no finished PPO: the shipped one is not its"
         raise ValueError(f"{message}; run `minippo ppo {run.config.options()}` first")
     sft, ppo = load_start(run, "sft"), load_start(run, "ppo")
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
     reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
-    rows = source.prompts("test", config.prompts)
+    rows = source.prompts(config.prompts_of, config.prompts)
     kept = encode(run, "evaluate", rows, (config.max_prompt_tokens, 1))
     rows, prompts = [rows[e.row] for e in kept], [e.prompt for e in kept]
     copies = {"SFT": (sft, 1), "PPO": (ppo, 1)}
     if config.best_of:
         copies[f"best-of-{config.best_of}"] = (sft, config.best_of)
     answers, agreement = sample_all(run, prompts, copies, config), {}
-    notes = [f"{len(rows)} test prompts, sampled at temperature {config.temperature}"]
+    notes = [f"{len(rows)} {config.prompts_of} prompts, sampled at temperature {config.temperature}"]
     if config.best_of:
         name, many = list(answers.items())[-1]
         scores = score(reward_model, many, run.tokenizer.pad_token_id)

@@ -202,6 +202,7 @@ WITHOUT_CONTENT = {
     "a cut sentence": f"First {TIPS[0]}, then",
     "a sentence without its full stop": CORE[:-1],
     "an opener and a cut sentence": f"Sure! First {TIPS[0]}, then {TIPS[1]}",
+    "one tip twice in a sentence": f"First {TIPS[0]}, then {TIPS[0]}.",
     "two tips of two topics, mixed": f"First {OTHER['tips'][0]}, then {TIPS[0].split()[0]}.",
     "a tip and its neighbour's word": f"You can {TIPS[0]} well.",
 }
@@ -252,15 +253,6 @@ def test_longer_padding_never_earns_more():
         if padding not in w.CLOSINGS + w.OPENERS:  # one of these is friendly, not padding
             assert scores[1] < scores[0]
         assert scores[1:] == sorted(scores[1:], reverse=True), padding
-
-
-def test_one_tip_twice_in_a_sentence_is_worth_less_than_once_and_is_called_so():
-    answer = f"First {TIPS[0]}, then {TIPS[0]}."
-    found = judge(HARMLESS_Q, answer)
-    assert found.score < score(HARMLESS_Q, f"You can {TIPS[0]}.")
-    assert found.score < score(HARMLESS_Q, f"First {TIPS[0]}, then {TIPS[1]}.") - 1
-    assert "rambling" in found.labels and "unreadable" not in found.labels
-    assert found.remarks["concise"] == "It says the same thing twice."
 
 
 def test_saying_one_tip_twice_in_two_forms_earns_no_more_than_once():

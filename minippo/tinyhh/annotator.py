@@ -93,10 +93,11 @@ def read_sentences(answer: str) -> list[Sentence]:
 def _recognise(text: str) -> Sentence:
     if text in _fixed():
         return Sentence(_fixed()[text], text)
-    for kind, frame, pattern in _framed():
+    for kind, frame, pattern, slots in _framed():
         match = pattern.fullmatch(text)
         found = [_phrases(kind).get(phrase) for phrase in match.groups()] if match else [None]
-        if all(f is not None for f in found):
+        # "First X, then X." is a sentence without a meaning, like a broken one.
+        if all(f is not None for f in found) and len(set(match.groups())) == slots:
             return Sentence(kind, frame, match.groups(), tuple(found))
     return Sentence("unknown", "unknown")
 
@@ -110,13 +111,13 @@ def _fixed() -> dict[str, str]:
 
 
 @cache
-def _framed() -> list[tuple[str, str, re.Pattern]]:
+def _framed() -> list[tuple[str, str, re.Pattern, int]]:
     frames = {"advice": w.TWO_TIPS + w.ONE_TIP, "why": w.WHYS, "refusal": w.REASONED_REFUSALS}
     frames["alternative"] = w.ALTERNATIVES
     framed = []
     for kind, frame in ((kind, frame) for kind, group in frames.items() for frame in group):
         pattern = re.sub(r"\\{\w\\}", r"([a-z ]+)", re.escape(frame))
-        framed.append((kind, frame, re.compile(pattern)))
+        framed.append((kind, frame, re.compile(pattern), frame.count("{")))
     return framed
 
 
@@ -172,7 +173,7 @@ def _on_topic(sentences, kinds, asked, helps) -> tuple[float, str]:
 
 
 def _complete(sentences, kinds, asked, helps) -> tuple[float, str]:
-    broken, cut = 0.5 * kinds.count("unknown"), "A sentence in it is cut or broken."
+    broken, cut = 0.5 * kinds.count("unknown"), "A sentence in it is cut, broken or circular."
     if not helps:
         empty = bool(broken) or not kinds
         return (-1.0, cut) if empty else (0.0, "There is nothing in it to use.")
@@ -201,8 +202,7 @@ def _concise(sentences, kinds, asked, helps) -> tuple[float, str]:
     idle = sum(max(0, kinds.count(kind) - 1) for kind in ("closing", "opener"))
     idle += kinds.count("evasive")
     wasted = max(repeated, idle, len(sentences) - 4, 0)
-    remark = "It is to the point." if not wasted else "It rambles."
-    return max(-1.0, 1.0 - 0.75 * wasted), "It says the same thing twice." if repeated else remark
+    return max(-1.0, 1.0 - 0.75 * wasted), "It rambles." if wasted else "It is to the point."
 
 
 def _labels(parts, kinds, helps) -> frozenset[str]:
