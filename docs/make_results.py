@@ -7,10 +7,12 @@ The runs are made by `make seeds` (the demo with its own settings, every stage r
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 import tyro
 
@@ -48,6 +50,7 @@ class Seed:
     gflops: float
     resumed: bool
     settings: dict  # stage -> its settings
+    lead: tuple[float, float]  # gold of PPO minus best-of-n: mean over prompts, half its interval
 
     @property
     def best_of_n(self) -> dict:
@@ -88,7 +91,16 @@ def read_seed(folder: Path) -> Seed:
     models = {row["model"]: row for row in evaluation["table"]}
     quality = evaluation["reward_model"], evaluation["critic"]
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Seed(folder.name, models, *quality, **summary, settings=settings)
+    lead = paired_lead(folder / "samples.jsonl")
+    return Seed(folder.name, models, *quality, **summary, settings=settings, lead=lead)
+
+
+def paired_lead(samples: Path) -> tuple[float, float]:
+    """Mean over prompts of PPO's gold score minus best-of-n's, and half its 95% interval."""
+    rows = [json.loads(line)["gold"] for line in samples.open(encoding="utf-8")]
+    best = next(name for name in rows[0] if name.startswith("best-of-"))
+    gaps = [row["PPO"] - row[best] for row in rows]
+    return mean(gaps), 1.96 * stdev(gaps) / math.sqrt(len(gaps))
 
 
 def show(key: str, value) -> str:
@@ -122,6 +134,8 @@ def bars_table(seeds: list[Seed]) -> str:
         rows.append([key, "", f"{show(key, min(sft))} to {show(key, max(sft))}", *cells])
     best = [f"{seed.best_of_n['gold']:.2f}" for seed in seeds]
     rows.append(["gold, best-of-16", "at most PPO's", "", *best])
+    lead = [f"{seed.lead[0]:+.2f} ± {seed.lead[1]:.2f}" for seed in seeds]
+    rows.append(["gold, PPO minus best-of-16", "", "", *lead])
     rows.append(["minutes", f"<= {MINUTES:.0f}", "", *(f"{seed.minutes:.1f}" for seed in seeds)])
     rows.append(["machine, GFLOP/s", "", "", *(f"{seed.gflops:.0f}" for seed in seeds)])
     return table(["PPO", "bar", "SFT, all seeds", *(seed.name for seed in seeds)], rows)

@@ -152,7 +152,8 @@ def evaluate(
 ) -> None:
     """Compare SFT, PPO and best-of-n on test prompts, judged by the annotator.
 
-    --name RUN evaluates that run; without it the shipped checkpoints are compared.
+    --name RUN evaluates that run; without it the shipped checkpoints are compared. While you choose
+    settings use --prompts-of validation, and look at the test prompts once, at the end.
     """
     from minippo import stages
     from minippo.report import write_report

@@ -56,7 +56,7 @@ class _Settings:
 class PretrainConfig(_Settings):
     """The base model: a tiny GPT-2 and its tokenizer, trained on the text of the data set."""
 
-    steps: int = 10_000  # optimizer steps; 1,000 learn to spell, 10,000 what belongs to what
+    steps: int = 16_000  # optimizer steps; 1,000 learn to spell, 16,000 what belongs to what
     batch_size: int = 32  # texts a step; 16 to 512. Tiny models learn most per second from few
     lr: float = 3e-3  # peak learning rate, falling to 0; 1e-3 to 5e-3 for tiny models
     warmup_steps: int = 100  # linear warm-up; 1% to 10% of the steps

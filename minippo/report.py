@@ -339,13 +339,13 @@ def _curves(metrics: list[dict] | None, samples: list[dict] | None, config: dict
         parts.append(_figure(stage_curves(rows), f"The stages before PPO. {made}"))
     groups = _gold(samples or [])
     if groups:
-        text = f"The annotator's score of each test answer. Vertical: means. Seed {_seeds(config)}."
+        text = f"The annotator's score of each answer. Vertical: means. Seed {_seeds(config)}."
         parts.append(_figure(score_histogram(groups), text))
     return "".join(parts) or _nothing("There is nothing to draw yet.")
 
 
 def _gold(samples: list[dict]) -> dict[str, list[float]]:
-    """Gold scores by model over all test prompts, finite ones."""
+    """Gold scores by model over all prompts, finite ones."""
     groups: dict[str, list[float]] = {}
     for row in samples:
         for name, score in (row.get("gold") or {}).items():
@@ -358,7 +358,7 @@ def _samples(samples: list[dict], shown: int) -> str:
     if not samples:
         return _nothing("There are no sampled answers.")
     cards = [_sample(row) for row in samples]
-    text = f"The first {min(shown, len(cards))} of {len(cards)} test prompts, not selected."
+    text = f"The first {min(shown, len(cards))} of {len(cards)} prompts, not selected."
     rest = "".join(cards[shown:])
     folded = f"<details><summary>The other {len(cards) - shown}</summary>{rest}</details>"
     first = "".join(cards[:shown])

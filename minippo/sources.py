@@ -8,7 +8,7 @@ from minippo.tinyhh import rows as tiny
 
 SFT_ROWS = 8000  # TinyHH demonstrations
 PPO_PROMPTS = 6000
-PRETRAIN_TEXTS = 100_000
+PRETRAIN_TEXTS = 300_000
 
 
 @dataclass

@@ -405,7 +405,7 @@ def _agreement(rows, many: list[Encoded], scores, tokenizer) -> dict:
 
 
 def sample_rows(run: Run, rows, answers: dict, judged: dict, rewards: dict) -> list[dict]:
-    """One row per test prompt: the answers, their scores, the annotator's sentences."""
+    """One row per prompt: the answers, their scores, the annotator's sentences."""
     written = []
     for i, row in enumerate(rows):
         texts = {n: decode_response(run.tokenizer, e[i].responses[0]) for n, e in answers.items()}

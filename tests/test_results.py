@@ -33,11 +33,21 @@ def write_run(folder, ppo=GOOD, sft=SFT, minutes=5.0, resumed=False, **settings)
     files = {"evaluation": evaluation, "summary": summary}
     for name, value in {**files, "config": demo}.items():
         (folder / f"{name}.json").write_text(json.dumps(value, default=str), encoding="utf-8")
+    golds = [{"SFT": 1.0, "PPO": 4.0 + lead, "best-of-16": 4.0} for lead in (-1.0, 1.0, 0.5, 0.5)]
+    lines = [json.dumps({"gold": gold}) + "\n" for gold in golds]
+    (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     return make_results.read_seed(folder)
 
 
 def test_a_run_that_meets_every_bar_misses_none(tmp_path):
     assert write_run(tmp_path / "run").misses() == []
+
+
+def test_the_lead_over_best_of_n_is_paired_and_has_its_interval(tmp_path):
+    # Leads -1, 1, 0.5, 0.5: mean 0.25; squared errors 1.5625 + 0.5625 + 2 * 0.0625 = 2.25,
+    # so the variance is 2.25 / 3 and the standard error sqrt(0.75 / 4) = 0.4330.
+    lead, half = write_run(tmp_path / "run").lead
+    assert lead == pytest.approx(0.25) and half == pytest.approx(1.96 * 0.4330, abs=1e-4)
 
 
 @pytest.mark.parametrize(

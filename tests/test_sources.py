@@ -50,6 +50,15 @@ def test_the_pairs_of_one_ranking_become_one_row_best_first(tmp_path):
         assert ranks == [0, 1, 2, 3]
 
 
+def test_validation_prompts_are_tinyhhs_own_and_a_file_has_none(tmp_path):
+    world = Source("tiny_hh")
+    validation, test = (prompts_of(world.prompts(name, 300)) for name in ("validation", "test"))
+    assert len(validation) == len(test) == 300 and validation & test == set()
+    source = Source(write_rankings(tmp_path / "pairs.jsonl", prompts=20, answers=2))
+    with pytest.raises(ValueError, match="has no validation prompts; use --prompts-of test"):
+        source.prompts("validation", 5)
+
+
 def test_the_packaged_rankings_are_of_four_answers_and_no_prompt_is_on_both_sides():
     train, held_out = Source("tiny_hh").rankings()
     assert len(train) == 3600 and len(held_out) == 400

@@ -60,7 +60,8 @@ def _notes(rng: random.Random) -> str:
     about = rng.choice(w.subjects(False) + w.subjects(True))
     goals = "{}, {} and {}".format(*rng.sample(about["goals"], 3))
     if "tips" in about:
-        told = _filled(rng, w.ONE_TIP, about["tips"], 3)
+        a, b, *others = rng.sample(about["tips"], 4)  # the base has to learn that a is never b
+        told = [rng.choice(w.TWO_TIPS).format(a=a, b=b), *_filled(rng, w.ONE_TIP, others, 2)]
         told += _filled(rng, w.WHYS, about["outcomes"], 1)
     else:
         told = _filled(rng, w.ONE_TIP, about["methods"], 2)
