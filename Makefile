@@ -4,7 +4,7 @@
 #   make seeds      the demo with four seeds, into runs/seed-0 ... runs/seed-3 (half an hour)
 #   make hh         all stages on real rows: make hh HH_FILE=rows.jsonl.gz
 #   make results    write docs/results.md from these runs; fails if a seed misses a bar
-#   make data       rebuild data/: the packaged rows and every shipped checkpoint (half an hour)
+#   make data       rebuild data/: the packaged rows and every shipped checkpoint (40 minutes)
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone
 #   make notebooks  run the committed notebooks and compare their outputs
@@ -67,7 +67,7 @@ hh: install
 	$(BIN)/minippo pretrain --overwrite --name hh --data $(HH_FILE) --steps 600 --n-positions 512
 	$(BIN)/minippo sft --name hh --data $(HH_FILE) $(HH_LIMITS)
 	$(BIN)/minippo reward --name hh --data $(HH_FILE) $(HH_LIMITS)
-	$(BIN)/minippo ppo --name hh --data $(HH_FILE) $(HH_LIMITS) --steps 40 --batch-size 64
+	$(BIN)/minippo ppo --name hh --data $(HH_FILE) $(HH_LIMITS) --steps 40 --batch-size 64 --kl-coef 0.1
 	$(BIN)/minippo evaluate --name hh --data $(HH_FILE) $(HH_LIMITS)
 
 results: install

@@ -146,7 +146,7 @@ class PPOConfig(_Settings):
     value_lr: float = 5e-4  # of the critic, falling to 0; 1 to 10 times lr
     warmup_steps: int = 5  # linear warm-up; 1% to 10% of the steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, each model's own; 0.5 to 1
-    kl_coef: float = 0.05  # beta, the KL penalty in the reward; 0.01 to 0.2
+    kl_coef: float = 0.03  # beta, the KL penalty in the reward; 0.01 to 0.2
     kl_estimator: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # see kl.py: kl is the sound one
     kl_loss_coef: float = 0.0  # c2, the KL as a term of the loss; 0 turns it off, else 0.001 to 0.1
     kl_loss_estimator: Literal["full", "mse", "k3"] = "full"  # k3 follows KL(ref, policy)

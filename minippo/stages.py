@@ -322,7 +322,7 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
 
 
 def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
-    """SFT, PPO and best-of-n on held-out prompts; writes evaluation.json, samples.jsonl, xray.json."""
+    """SFT, PPO, best-of-n on held-out prompts; writes evaluation.json, samples.jsonl, xray.json."""
     if run.finished("sft") and not run.finished("ppo"):
         message = f"{run.folder} has an SFT model and no finished PPO: the shipped one is not its"
         raise ValueError(f"{message}; run `minippo ppo {run.config.options()}` first")
@@ -336,7 +336,7 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     if config.best_of:
         copies[f"best-of-{config.best_of}"] = (sft, config.best_of)
     answers, agreement = sample_all(run, prompts, copies, config), {}
-    notes = [f"{len(rows)} {config.prompts_of} prompts, sampled at temperature {config.temperature}"]
+    notes = [f"{len(rows)} {config.prompts_of} prompts, temperature {config.temperature}"]
     if config.best_of:
         name, many = list(answers.items())[-1]
         scores = score(reward_model, many, run.tokenizer.pad_token_id)

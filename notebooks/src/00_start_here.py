@@ -103,7 +103,7 @@ print([tokenizer.decode([token]) for token in prompt])
 # ## The reference answers, several times
 #
 # Six answers of the SFT model to one harmless question. It imitates a crowd, so some are good, some
-# are cut off or drift to another topic. Read them. The rude and the harmful ones show up further
+# say nothing or drift to another topic. Read them. The rude and the harmful ones show up further
 # down, in sixty-four questions.
 
 # %%
@@ -203,7 +203,7 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 # predicts the token at $t + 1$, so each row says where it was predicted.
 #
 # `kl` is one sample, in nats (natural logarithms), so it may be negative; only its expectation is
-# the KL, which cannot be. `reward` is $-\beta$ times `kl` with $\beta = 0.05$, and the last token
+# the KL, which cannot be. `reward` is $-\beta$ times `kl` with $\beta = 0.03$, and the last token
 # also gets the score. The critic here is the shipped one, from *before* PPO: it knows how well the
 # SFT model does and expects less than this policy earns. In training both move together.
 #
@@ -217,7 +217,7 @@ from minippo.config import PPOConfig
 from minippo.rollout import collect_rollout
 from minippo.xray import xray
 
-config = PPOConfig(kl_coef=0.05)
+config = PPOConfig(kl_coef=0.03)
 stats = (reward_model.mean, reward_model.std)
 views = (policy, ref_policy, value_model, reward_model)
 rollout = collect_rollout(*views, [prompt] * 8, tokenizer, config, score_stats=stats)
@@ -247,7 +247,7 @@ print(f"{'without ':>54s}{shift_wrong:.3f}")
 assert shift_right < 1e-3 and shift_wrong > 1e-2
 
 # %% [markdown]
-# A few percent of the probability of one token: nothing crashes, and nobody notices. Many RLHF bugs
+# A small part of the probability of one token: nothing crashes, and nobody notices. Many RLHF bugs
 # are like that, which is why every formula of this course is checked against something.
 
 # %% [markdown]
