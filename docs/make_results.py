@@ -17,6 +17,7 @@ from statistics import mean, stdev
 import tyro
 
 from minippo.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig, ValueConfig
+from minippo.tinyhh.world import is_unseen, read_request
 
 DOCS = Path(__file__).parent
 # What every single seed has to meet: key of the PPO column, bound, and the direction.
@@ -50,7 +51,7 @@ class Seed:
     gflops: float
     resumed: bool
     settings: dict  # stage -> its settings
-    lead: tuple[float, float]  # gold of PPO minus best-of-n: mean over prompts, half its interval
+    lead: dict  # prompts -> gold of PPO minus best-of-n: mean over prompts, half its interval
 
     @property
     def best_of_n(self) -> dict:
@@ -91,16 +92,22 @@ def read_seed(folder: Path) -> Seed:
     models = {row["model"]: row for row in evaluation["table"]}
     quality = evaluation["reward_model"], evaluation["critic"]
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    lead = paired_lead(folder / "samples.jsonl")
+    lead = paired_leads(folder / "samples.jsonl")
     return Seed(folder.name, models, *quality, **summary, settings=settings, lead=lead)
 
 
-def paired_lead(samples: Path) -> tuple[float, float]:
-    """Mean over prompts of PPO's gold score minus best-of-n's, and half its 95% interval."""
-    rows = [json.loads(line)["gold"] for line in samples.open(encoding="utf-8")]
-    best = next(name for name in rows[0] if name.startswith("best-of-"))
-    gaps = [row["PPO"] - row[best] for row in rows]
-    return mean(gaps), 1.96 * stdev(gaps) / math.sqrt(len(gaps))
+def paired_leads(samples: Path) -> dict[str, tuple[float, float]]:
+    """PPO's gold score minus best-of-n's: mean over prompts, and half its 95% interval.
+
+    Over all prompts, and over those on topics that occur in the preference data and that do not.
+    """
+    gaps: dict[str, list[float]] = {"all": [], "seen": [], "unseen": []}
+    for row in map(json.loads, samples.open(encoding="utf-8")):
+        best = next(name for name in row["gold"] if name.startswith("best-of-"))
+        subject, _ = read_request(row["instruction"], row["history"])
+        for name in ("all", "unseen" if is_unseen(subject) else "seen"):
+            gaps[name].append(row["gold"]["PPO"] - row["gold"][best])
+    return {name: (mean(g), 1.96 * stdev(g) / math.sqrt(len(g))) for name, g in gaps.items()}
 
 
 def show(key: str, value) -> str:
@@ -132,10 +139,15 @@ def bars_table(seeds: list[Seed]) -> str:
         sft = [seed.models["SFT"][key] for seed in seeds]
         cells = [show(key, seed.models["PPO"][key]) for seed in seeds]
         rows.append([key, "", f"{show(key, min(sft))} to {show(key, max(sft))}", *cells])
+    rival = seeds[0].best_of_n["model"]
     best = [f"{seed.best_of_n['gold']:.2f}" for seed in seeds]
-    rows.append(["gold, best-of-16", "at most PPO's", "", *best])
-    lead = [f"{seed.lead[0]:+.2f} ± {seed.lead[1]:.2f}" for seed in seeds]
-    rows.append(["gold, PPO minus best-of-16", "", "", *lead])
+    rows.append([f"gold, {rival}", "at most PPO's", "", *best])
+    for key in ("on_topic", "unreadable"):
+        best = [show(key, seed.best_of_n[key]) for seed in seeds]
+        rows.append([f"{key.replace('_', ' ')}, {rival}", "", "", *best])
+    for name, where in (("all", ""), ("seen", ", seen topics"), ("unseen", ", unseen topics")):
+        leads = [f"{seed.lead[name][0]:+.2f} ± {seed.lead[name][1]:.2f}" for seed in seeds]
+        rows.append([f"gold, PPO minus {rival}{where}", "", "", *leads])
     rows.append(["minutes", f"<= {MINUTES:.0f}", "", *(f"{seed.minutes:.1f}" for seed in seeds)])
     rows.append(["machine, GFLOP/s", "", "", *(f"{seed.gflops:.0f}" for seed in seeds)])
     return table(["PPO", "bar", "SFT, all seeds", *(seed.name for seed in seeds)], rows)

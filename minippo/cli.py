@@ -150,10 +150,11 @@ def evaluate(
     config: Annotated[EvalConfig, Flat] = EvalConfig(),
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare SFT, PPO and best-of-n on test prompts, judged by the annotator.
+    """Compare SFT, PPO and best-of-n on held-out prompts, judged by the annotator.
 
     --name RUN evaluates that run; without it the shipped checkpoints are compared. While you choose
-    settings use --prompts-of validation, and look at the test prompts once, at the end.
+    settings use --prompts-of validation (TinyHH has them); evaluate on test once, at the end, with
+    --overwrite, which replaces the first evaluation.
     """
     from minippo import stages
     from minippo.report import write_report

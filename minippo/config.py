@@ -61,7 +61,7 @@ class PretrainConfig(_Settings):
     lr: float = 3e-3  # peak learning rate, falling to 0; 1e-3 to 5e-3 for tiny models
     warmup_steps: int = 100  # linear warm-up; 1% to 10% of the steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0.5 to 1
-    vocab_size: int = 3072  # at most, of the byte-level BPE; TinyHH needs 2,897, GPT-2 has 50,257
+    vocab_size: int = 3072  # at most, of the byte-level BPE; TinyHH needs 2,896, GPT-2 has 50,257
     n_layer: int = 2  # transformer blocks; GPT-2 has 12
     n_embd: int = 120  # width; GPT-2 has 768
     n_head: int = 4  # attention heads; must divide n_embd; GPT-2 has 12

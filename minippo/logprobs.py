@@ -36,7 +36,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         reference alike, and so do we; trlX and DeepSpeed-Chat never divide, which is right at τ = 1
         only. The division makes a new tensor: `/=` would change the model's own output.
     """
-    # Divided only if it changes something: the copy is a tenth of the time of a training step.
+    # Divided only if it changes something: the copy costs about as much as the log-softmax.
     scaled = logits if temperature == 1.0 else logits / temperature
     logprobs_all = torch.log_softmax(scaled, dim=-1)
     return logprobs_all.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

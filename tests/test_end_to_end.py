@@ -15,6 +15,7 @@ from minippo.batching import encode_prompt, encode_response
 from minippo.hh import load_preferences
 from minippo.models import RewardModel, load_policy, load_tokenizer
 from minippo.run import Run
+from minippo.tinyhh.rows import prompt_rows
 
 LONG = ["max-prompt-tokens 400", "max-response-tokens 16"]
 DEMO = {
@@ -106,6 +107,18 @@ def test_the_table_of_a_demo_agrees_with_its_samples(demos):
     wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / 12
     assert table["PPO"]["win_rate"][0] == pytest.approx(wins)
     assert table["SFT"]["kl_per_sequence"] == 0 and table["SFT"]["win_rate"] is None
+
+
+def test_an_evaluation_on_validation_prompts_answers_these_and_says_so(demos, tmp_path):
+    shutil.copytree(demos[1][0], tmp_path / "r")
+    where = ["--name", "r", "--out", str(tmp_path), "--device", "cpu", "--overwrite"]
+    limits = ["--prompts", "8", "--best-of", "2", "--max-prompt-tokens", "400"]
+    limits += ["--max-response-tokens", "16"]
+    cli.main(["evaluate", *where, *limits, "--prompts-of", "validation"])
+    asked = [(row["instruction"], row["history"]) for row in rows_of(tmp_path / "r/samples.jsonl")]
+    assert asked == [(r["instruction"], r["history"]) for r in prompt_rows("validation", 8)]
+    evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert evaluation["notes"][0].startswith("8 validation prompts")
 
 
 def test_a_demo_leaves_a_report_and_the_per_token_view(demos):

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from minippo.tinyhh.rows import prompt_rows
+from minippo.tinyhh.world import is_unseen, read_request
+
 SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "make_results.py"
 if not SCRIPT.is_file():
     pytest.skip("docs/ is not here: these tests need a checkout", allow_module_level=True)
@@ -23,6 +26,13 @@ SFT = {**GOOD, "model": "SFT", "win_rate": None, "gold": 0.5, "complying": 0.4}
 BEST = {**GOOD, "model": "best-of-16", "gold": 3.9}
 
 
+rows = prompt_rows("test", 60)
+
+
+def subject_of(row):
+    return read_request(row["instruction"], row["history"])[0]
+
+
 def write_run(folder, ppo=GOOD, sft=SFT, minutes=5.0, resumed=False, **settings):
     folder.mkdir()
     quality = {"held_out_pairs": 10, "accuracy": 0.8, "low": 0.7, "high": 0.9, "noiseless": 0.85}
@@ -33,8 +43,10 @@ def write_run(folder, ppo=GOOD, sft=SFT, minutes=5.0, resumed=False, **settings)
     files = {"evaluation": evaluation, "summary": summary}
     for name, value in {**files, "config": demo}.items():
         (folder / f"{name}.json").write_text(json.dumps(value, default=str), encoding="utf-8")
-    golds = [{"SFT": 1.0, "PPO": 4.0 + lead, "best-of-16": 4.0} for lead in (-1.0, 1.0, 0.5, 0.5)]
-    lines = [json.dumps({"gold": gold}) + "\n" for gold in golds]
+    unseen, seen = (next(r for r in rows if is_unseen(subject_of(r)) is u) for u in (True, False))
+    leads = ((seen, -1.0), (seen, 1.0), (unseen, 0.5), (unseen, 0.5))
+    golds = [(row, {"SFT": 1.0, "PPO": 4.0 + lead, "best-of-16": 4.0}) for row, lead in leads]
+    lines = [json.dumps({**row, "gold": gold}) + "\n" for row, gold in golds]
     (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     return make_results.read_seed(folder)
 
@@ -46,8 +58,21 @@ def test_a_run_that_meets_every_bar_misses_none(tmp_path):
 def test_the_lead_over_best_of_n_is_paired_and_has_its_interval(tmp_path):
     # Leads -1, 1, 0.5, 0.5: mean 0.25; squared errors 1.5625 + 0.5625 + 2 * 0.0625 = 2.25,
     # so the variance is 2.25 / 3 and the standard error sqrt(0.75 / 4) = 0.4330.
-    lead, half = write_run(tmp_path / "run").lead
+    seed = write_run(tmp_path / "run")
+    lead, half = seed.lead["all"]
     assert lead == pytest.approx(0.25) and half == pytest.approx(1.96 * 0.4330, abs=1e-4)
+    # Seen: -1, 1, mean 0, standard error sqrt(2 / 2) = 1. Unseen: 0.5 twice.
+    assert seed.lead["seen"] == pytest.approx((0.0, 1.96)) and seed.lead["unseen"] == (0.5, 0.0)
+    text = make_results.bars_table([seed])
+    assert "| gold, PPO minus best-of-16 |  |  | +0.25 ± 0.85 |" in text
+    assert "| gold, PPO minus best-of-16, seen topics |  |  | +0.00 ± 1.96 |" in text
+    assert "| gold, PPO minus best-of-16, unseen topics |  |  | +0.50 ± 0.00 |" in text
+    assert "| on topic, best-of-16 |  |  | 95.0% |" in text
+
+
+def test_a_run_on_validation_prompts_is_no_result(tmp_path):
+    misses = write_run(tmp_path / "run", prompts_of="validation").misses()
+    assert "eval.prompts_of is not the demo's test" in misses
 
 
 @pytest.mark.parametrize(

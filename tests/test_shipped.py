@@ -1,6 +1,6 @@
 """The shipped checkpoints are what `make data` promises, judged by the annotator.
 
-Rebuilding them takes half an hour; what a rebuild has to reach is asserted here of the ones that
+Rebuilding them takes 40 minutes; what a rebuild has to reach is asserted here of the ones that
 are shipped, and by docs/make_results.py of four runs that retrain every stage after the base.
 """
 
@@ -22,6 +22,7 @@ from minippo.reward_model import score_all
 from minippo.sft import join
 from minippo.tinyhh.annotator import judge
 from minippo.tinyhh.rows import prompt_rows
+from minippo.tinyhh.world import read_request
 
 PROMPTS = 256
 
@@ -30,7 +31,7 @@ PROMPTS = 256
 def asked():
     """The tokenizer, test rows, and their prompts."""
     torch.set_num_threads(1)
-    tokenizer, rows = load_tokenizer("sft"), prompt_rows("test", PROMPTS)
+    tokenizer, rows = load_tokenizer("sft"), prompt_rows("validation", PROMPTS)
     return tokenizer, rows, [encode_prompt(tokenizer, r["instruction"], r["history"]) for r in rows]
 
 
@@ -89,7 +90,7 @@ def test_the_reward_model_agrees_with_the_annotator(asked):
 def test_the_critic_expects_more_where_answers_are_better(asked):
     """V(x) correlates with the mean reward of four answers, over prompts.
 
-    Four answers are a noisy mean: even the true V(x) would have a correlation of about 0.7 only.
+    What it has learned is that harmful requests end badly; within harmless ones it knows little.
     """
     tokenizer, _, prompts = asked
     reward_model, value_model = RewardModel.load("reward"), ValueModel.load("value")
@@ -99,3 +100,6 @@ def test_the_critic_expects_more_where_answers_are_better(asked):
     with torch.no_grad():
         values = value_model(tokens, attention_mask, mask.shape[1])[:, 0]
     assert torch.corrcoef(torch.stack([values, means]))[0, 1] > 0.25
+    harmful = torch.tensor([read_request(r["instruction"], r["history"])[1] for r in asked[1]])
+    assert values[~harmful].mean() > values[harmful].mean() + 0.2
+    assert means[~harmful].mean() > means[harmful].mean() + 0.2 * reward_model.std

@@ -93,12 +93,12 @@ def read_sentences(answer: str) -> list[Sentence]:
 def _recognise(text: str) -> Sentence:
     if text in _fixed():
         return Sentence(_fixed()[text], text)
-    for kind, frame, pattern, slots in _framed():
-        match = pattern.fullmatch(text)
-        found = [_phrases(kind).get(phrase) for phrase in match.groups()] if match else [None]
+    for kind, frame, pattern in _framed():
+        phrases = match.groups() if (match := pattern.fullmatch(text)) else ()
+        found = tuple(_phrases(kind).get(phrase) for phrase in phrases)
         # "First X, then X." is a sentence without a meaning, like a broken one.
-        if all(f is not None for f in found) and len(set(match.groups())) == slots:
-            return Sentence(kind, frame, match.groups(), tuple(found))
+        if phrases and None not in found and len(set(phrases)) == len(phrases):
+            return Sentence(kind, frame, phrases, found)
     return Sentence("unknown", "unknown")
 
 
@@ -111,13 +111,13 @@ def _fixed() -> dict[str, str]:
 
 
 @cache
-def _framed() -> list[tuple[str, str, re.Pattern, int]]:
+def _framed() -> list[tuple[str, str, re.Pattern]]:
     frames = {"advice": w.TWO_TIPS + w.ONE_TIP, "why": w.WHYS, "refusal": w.REASONED_REFUSALS}
     frames["alternative"] = w.ALTERNATIVES
     framed = []
     for kind, frame in ((kind, frame) for kind, group in frames.items() for frame in group):
         pattern = re.sub(r"\\{\w\\}", r"([a-z ]+)", re.escape(frame))
-        framed.append((kind, frame, re.compile(pattern), frame.count("{")))
+        framed.append((kind, frame, re.compile(pattern)))
     return framed
 
 

@@ -204,8 +204,8 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 #
 # `kl` is one sample, in nats (natural logarithms), so it may be negative; only its expectation is
 # the KL, which cannot be. `reward` is $-\beta$ times `kl` with $\beta = 0.03$, and the last token
-# also gets the score. The critic here is the shipped one, from *before* PPO: it knows how well the
-# SFT model does and expects less than this policy earns. In training both move together.
+# also gets the score. The critic here is the shipped one, from *before* PPO: it knows roughly how
+# well the SFT model does and expects less than this policy earns. In training both move together.
 #
 # The columns from `delta` to `clipped` belong to later notebooks. In one sentence: the *advantage*
 # says how much better it went than the critic expected; the policy loss makes tokens with a
@@ -251,7 +251,7 @@ assert shift_right < 1e-3 and shift_wrong > 1e-2
 # are like that, which is why every formula of this course is checked against something.
 
 # %% [markdown]
-# ## See it: SFT and PPO on test questions
+# ## See it: SFT and PPO on new questions
 #
 # Sixty-four questions nobody trained on, one answer each, judged by the annotator.
 
@@ -260,7 +260,7 @@ from collections import Counter
 
 from minippo.tinyhh.rows import prompt_rows
 
-rows = prompt_rows("test", 64)
+rows = prompt_rows("validation", 64)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 
 
@@ -281,7 +281,7 @@ import matplotlib.pyplot as plt
 figure, axis = plt.subplots(figsize=(6, 3))
 gold_scores = {name: [judgement.score for judgement in found] for name, found in judged.items()}
 axis.hist(list(gold_scores.values()), bins=16, label=list(gold_scores))
-axis.set(xlabel="gold score (the annotator's)", ylabel="answers", title="64 test questions")
+axis.set(xlabel="gold score (the annotator's)", ylabel="answers", title="64 new questions")
 axis.legend()
 plt.show()
 
