@@ -6,7 +6,8 @@
 #   make results    write docs/results.md from these runs; fails if a seed misses a bar
 #   make data       rebuild data/: the packaged rows and every shipped checkpoint (40 minutes)
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
-#   make unit       the unit tests alone
+#   make unit       the unit tests alone, two files at a time
+#   make mutants    put known wrong versions of the functions in place: each has to be noticed
 #   make notebooks  run the committed notebooks and compare their outputs
 #   make exercises  run the exercise notebooks as a student gets them, unsolved
 #   make staleness  check that the notebooks are what their sources say
@@ -50,7 +51,7 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit notebooks exercises staleness rebuild lint clean
+.PHONY: help demo seeds hh results data install test unit mutants notebooks exercises staleness rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -86,7 +87,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call phase,install,$(INSTALL))
 
 unit: install
-	$(call phase,unit,$(BIN)/python -m pytest -q tests)
+	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests)
+
+mutants: install
+	$(BIN)/python -m tests.mutants.run
 
 notebooks: install
 	$(if $(BUILT),$(call phase,notebooks,$(NBVAL) --nbval $(BUILT)),@echo "no notebooks")

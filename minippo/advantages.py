@@ -33,9 +33,9 @@ def gae(
     lam:     float        λ: 0 is one-step TD, 1 is return minus value
     returns: advantages (B, R), returns (B, R); returns = Â + V; both 0 where mask is False
     Source: Schulman et al. 2015, arXiv:1506.02438 eq. 16; PPO, arXiv:1707.06347 eq. 11-12. Holes
-        as in verl: TRL and OpenRLHF zero values and rewards there and recurse through, which
-        bootstraps from V = 0 and decays by λ once too often. V after EOS is 0, as in early TRL and
-        OpenRLHF; TRL's later trainer keeps a trained V(pad).
+        as in verl: early TRL and OpenRLHF zero values and rewards there and recurse through, which
+        bootstraps from V = 0 and decays by λ once too often. V after EOS is 0, as in early TRL,
+        OpenRLHF and verl; TRL's later trainer keeps a trained V(pad).
     """
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantage = next_value = torch.zeros_like(values[:, 0])

@@ -17,9 +17,9 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     logprobs:     (B, R)  log π of the sampled token
     ref_logprobs: (B, R)  log π_ref of the same token
     returns: (B, R)
-    Source: Ziegler et al. 2019, arXiv:1909.08593 eq. 2; "k1" after Schulman 2020,
-        joschu.net/blog/kl-approx.html; "kl" in TRL. OpenRLHF clamps it to ±10, which breaks the
-        expectation; we clamp nothing.
+    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2; "k1" after Schulman 2020,
+        joschu.net/blog/kl-approx.html; "kl" in early TRL. OpenRLHF clamps it to ±10, which breaks
+        the expectation; we clamp nothing.
     """
     return logprobs - ref_logprobs
 
@@ -32,7 +32,7 @@ def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     logprobs:     (B, R)  log π of the sampled token
     ref_logprobs: (B, R)  log π_ref of the same token
     returns: (B, R), never negative
-    Source: TRL's penalty "abs". It overstates the KL: E|k1| ≥ |E k1|.
+    Source: the penalty "abs" of early TRL and verl. It overstates the KL: E|k1| ≥ |E k1|.
     """
     return (logprobs - ref_logprobs).abs()
 
@@ -45,8 +45,8 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     logprobs:     (B, R)  log π of the sampled token
     ref_logprobs: (B, R)  log π_ref of the same token
     returns: (B, R), never negative
-    Source: Schulman 2020, joschu.net/blog/kl-approx.html; "mse" in TRL. As a loss on samples of π
-        its expected gradient is that of KL(π, π_ref).
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html; "mse" in early TRL and verl. As a loss on
+        samples of π its expected gradient is that of KL(π, π_ref).
     """
     return 0.5 * (logprobs - ref_logprobs).square()
 
@@ -61,7 +61,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     returns: (B, R), never negative
     Source: Schulman 2020, joschu.net/blog/kl-approx.html. The direction matters: samples come from
         the first argument; trlX turns ρ round in its rollouts. expm1, because exp(x) − 1 cancels in
-        float32 where the two policies nearly agree. verl and OpenRLHF clamp; we do not.
+        float32 where the two policies nearly agree; peers subtract the 1. verl and OpenRLHF
+        clamp the log-ratio and the result; we do not.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -75,8 +76,9 @@ def kl_full(logprobs_all: Tensor, ref_logprobs_all: Tensor) -> Tensor:
     logprobs_all:     (B, R, V)  log π of every token: log-softmaxed, not logits
     ref_logprobs_all: (B, R, V)  log π_ref of every token
     returns: (B, R), never negative; inf where π allows a token that π_ref excludes
-    Source: Kullback and Leibler 1951; TRL's penalty "full", there through F.kl_div, whose
-        arguments stand in the opposite order. The weights are π, not π_ref.
+    Source: Kullback and Leibler 1951; the penalty "full" of early TRL, there through F.kl_div, of
+        which the arguments stand in the opposite order; verl names it and raises. The weights are
+        π, not π_ref.
     """
     excluded = logprobs_all == -torch.inf
     policy, ref = (x.masked_fill(excluded, 0) for x in (logprobs_all, ref_logprobs_all))
@@ -103,9 +105,9 @@ def adapt_kl_coef(
     horizon:         float  in sequences: how slowly β moves
     batch_size:      int    sequences in the rollout, over all processes
     returns: (); a float if both () arguments are floats
-    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2.2; the step B / horizon is that of
-        lm-human-preferences and TRL. KL per sequence, as there; verl feeds the mean per token, so
-        its target (0.1) is in another unit.
+    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2.2, where the step is a constant 0.1; the
+        step B / horizon is that of lm-human-preferences and early TRL. KL per sequence, as there;
+        verl and OpenRLHF feed the mean per token, so verl's target (0.1) is in another unit.
     """
     error = kl_per_sequence / target_kl - 1
     clipped = error.clamp(-0.2, 0.2) if torch.is_tensor(error) else min(max(error, -0.2), 0.2)

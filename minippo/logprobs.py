@@ -16,8 +16,9 @@ def response_window(x: Tensor, response_length: int) -> Tensor:
     x: (B, T, ...)        model outputs over all tokens: logits, values, hidden states
     response_length: int  R, the width of the response
     returns: (B, R, ...), entry t is the output that saw query and response[:t]
-    Source: the slice of TRL and lm-human-preferences. With it values[:, t] is the state *before*
-        response token t, so log-probabilities, values and rewards share one index and one mask.
+    Source: the slice [Q−1 : −1] of lm-human-preferences and of TRL's later trainer. With it
+        values[:, t] is the state *before* response token t, so log-probabilities, values and
+        rewards share one index and one mask.
     """
     last = x.shape[1] - 1
     return x[:, last - response_length : last]
@@ -33,8 +34,9 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
     temperature: float   τ, the one the tokens were sampled with
     returns: (B, R)
     Source: lm-human-preferences. It and TRL's later trainer divide by τ in rollout, update and
-        reference alike, and so do we; trlX and DeepSpeed-Chat never divide, which is right at τ = 1
-        only. The division makes a new tensor: `/=` would change the model's own output.
+        reference alike, and so do we; early TRL, trlX and DeepSpeed-Chat never divide, which is
+        right at τ = 1 only. The division makes a new tensor: `/=`, as in TRL, changes the model's
+        own output.
     """
     # Divided only if it changes something: the copy costs about as much as the log-softmax.
     scaled = logits if temperature == 1.0 else logits / temperature
@@ -49,8 +51,9 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
     logits: (B, R, V)  z; −inf for a token that is excluded (divide by the temperature first)
     returns: (B, R), between 0 and log V
-    Source: Shannon 1948; the entropy bonus of PPO, arXiv:1707.06347 eq. 9. The exact sum over the
-        vocabulary, not the sampled −log π(a_t) that TRL logs under nearly the same name.
+    Source: Shannon 1948; the entropy bonus S of PPO, arXiv:1707.06347 eq. 9. The exact sum over the
+        vocabulary, not the sampled Σ_t −log π(a_t) that TRL logs as objective/entropy. TRL's exact
+        one is logsumexp(z) − Σ p z, which is NaN where a logit is −inf.
     """
     logprobs_all = torch.log_softmax(logits, dim=-1)
     finite = logprobs_all.masked_fill(logprobs_all == -torch.inf, 0)

@@ -26,8 +26,9 @@ def lm_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     tokens:    (B, T) int   any id may stand where loss_mask is False
     loss_mask: (B, T) bool  True for the tokens to be learned; shifted together with the tokens
     returns: ()
-    Source: Radford et al. 2018 eq. 1, as token mean. The shift lies inside, as in the Hugging Face
-        models, so that no caller shifts twice; a mask and not the label −100, so that ids stay ids.
+    Source: Radford et al. 2018 (GPT) eq. 1, as token mean. The shift lies inside, as in the Hugging
+        Face models, so that no caller shifts twice; a mask and not the label −100, so that ids stay
+        ids.
     """
     mask = loss_mask[:, 1:]
     logits = logits[:, :-1].masked_fill(~mask.unsqueeze(-1), 0)
@@ -47,8 +48,8 @@ def preference_loss(
     margin:          (B,)  how much better at least; None means 0
     returns: ()
     Source: Ouyang et al. 2022, arXiv:2203.02155 eq. 1 for K = 2; margin: Llama 2, arXiv:2307.09288
-        eq. 2. logsigmoid, as in TRL: log(sigmoid(x)), as in trlX, is −inf for a large wrong gap.
-        One score per answer, not one per token as in trlX and DeepSpeed-Chat.
+        eq. 2. logsigmoid, as in TRL: log(sigmoid(x)), as in trlX's example, is −inf for a large
+        wrong gap. One score per answer, not one per token as in trlX's example and DeepSpeed-Chat.
     """
     gap = chosen_scores - rejected_scores
     gap = gap if margin is None else gap - margin
@@ -63,8 +64,8 @@ def ranking_loss(scores: Tensor) -> Tensor:
     scores:  (B, K)  scores of the K answers to a prompt, ordered best first; K >= 2
     returns: ()
     Source: Ouyang et al. 2022, arXiv:2203.02155 eq. 1: all pairs of a prompt in one batch, the
-        factor 1/C(K,2) once. minChatGPT divides by it twice; lm-human-preferences has a
-        best-of-4 softmax instead.
+        factor 1/C(K,2) once. minChatGPT divides by it twice; lm-human-preferences takes the
+        cross-entropy of the best of 4 instead.
     """
     count = scores.shape[1]
     better, worse = torch.triu_indices(count, count, offset=1, device=scores.device)
@@ -85,8 +86,9 @@ def policy_loss(
     clip_range:   float        ε
     returns: loss (), stats {"approx_kl": (), "clip_frac": (), "ratio": ()}; the stats are detached
     Source: PPO, arXiv:1707.06347 eq. 7 (the paper maximises). All stats are masked means; TRL's
-        later trainer averages over padding too. approx_kl is k3 of KL(old, new): the tokens were
-        sampled from old. No dual clip (verl) and no clamp of log ρ (verl, OpenRLHF).
+        later trainer averages approx_kl and ratio over padding too, trlX approx_kl. approx_kl is k3
+        of KL(old, new): the tokens were sampled from old. TRL has k2 there, verl and OpenRLHF k1.
+        No dual clip (verl) and no clamp of log ρ to ±20 (verl, OpenRLHF).
     """
     logprobs, old_logprobs, advantages = _fill_masked(mask, logprobs, old_logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
@@ -114,8 +116,8 @@ def value_loss(
     clip_range: float        ε; inf turns clipping off
     returns: loss (), stats {"clip_frac": (), "error": ()}; error is the masked mean of (V − R)²,
         unclipped; the stats are detached
-    Source: OpenAI baselines ppo2, then lm-human-preferences and TRL; not in the paper (eq. 9 has
-        the plain square). The factor 1/2 as in all of them; verl lacked it until 2025.
+    Source: OpenAI baselines ppo2, then lm-human-preferences and TRL; not in the PPO paper, whose
+        eq. 9 has the plain square. The factor 1/2 as in all three; early versions of verl lack it.
     """
     values, old_values, returns = _fill_masked(mask, values, old_values, returns)
     # Clamping V itself keeps it bit for bit inside the range, so rounding never counts as clipped.
@@ -145,8 +147,9 @@ def ppo_objective(
     vf_coef:      float  c₁
     kl_loss_coef: float  c₂; 0 when the KL is in the reward only
     returns: ()
-    Source: PPO, arXiv:1707.06347 eq. 9 with its signs turned, and eq. 8 for the KL term. No entropy
-        bonus: lm-human-preferences and TRL have none either. Peers put the KL in the reward;
-        OpenRLHF and verl offer it as a loss as well, with a plus sign: it is to be minimised.
+    Source: PPO, arXiv:1707.06347 eq. 9 with its signs turned. Its eq. 8 has a KL term too, of old
+        and new policy; ours is of policy and reference. No entropy bonus: lm-human-preferences and
+        TRL have none either. Peers put the KL in the reward; OpenRLHF and verl offer it as a loss
+        as well, with a plus sign: it is to be minimised.
     """
     return policy_loss + vf_coef * value_loss + kl_loss_coef * kl_loss

@@ -17,8 +17,9 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     mask: (B, R) bool  True where the token counts
     dim:  int or None  the axis to reduce; None reduces all of them
     returns: (); (B,) with dim=1; NaN where nothing counts
-    Source: the token mean of TRL's `masked_mean`. verl adds 1e-8 to the count, which turns an
-        empty mask into a silent 0; we let it be NaN and refuse empty masks where batches are made.
+    Source: the token mean of TRL's `masked_mean`, which multiplies by the mask and so lets a masked
+        NaN through. verl adds 1e-8 to the count, which turns an empty mask into a silent 0; we let
+        it be NaN and refuse empty masks where batches are made.
     """
     return x.masked_fill(~mask, 0).sum(dim) / mask.sum(dim)
 
@@ -50,9 +51,10 @@ def masked_whiten(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     mask:     (B, R) bool  True where the token counts
     unbiased: bool         which variance, see masked_var
     returns: (B, R), 0 where mask is False
-    Source: Huang et al. 2022, "The 37 Implementation Details of PPO", detail 7. We whiten over the
-        mask of the whole batch, as TRL does; trlX counts the padding in. The mean is always taken
-        off: torchtune adds it back by default, which leaves advantages their mean.
+    Source: Huang et al. 2022, "The 37 Implementation Details of PPO", detail 7 of its core list. We
+        whiten over the mask of the whole rollout, as TRL does; lm-human-preferences and trlX whiten
+        each minibatch, trlX with its padding. The mean is always taken off: torchtune adds it back
+        by default, which leaves advantages their mean.
     """
     x = x.masked_fill(~mask, 0)
     whitened = (x - masked_mean(x, mask)) / (masked_var(x, mask, unbiased) + 1e-8).sqrt()
@@ -67,8 +69,9 @@ def response_mask(response: Tensor, eos_id: int | Tensor) -> Tensor:
     response: (B, R) int  sampled tokens; anything may follow the first EOS
     eos_id:   () int      the end-of-sequence token: an int or a 0-d tensor
     returns: (B, R) bool; all True in a row without EOS
-    Source: the position of EOS, as in OpenRLHF. A mask made from `token != pad` drops the EOS
-        itself wherever pad and EOS are one token, and then nobody learns to stop.
+    Source: verl's `get_response_mask`; lm-human-preferences cuts at its stop token by the same
+        count. A mask made from `token != pad`, as in trlX and DeepSpeed-Chat, drops the EOS itself
+        wherever pad and EOS are one token, and then nobody learns to stop.
     """
     is_eos = (response == eos_id).long()
     return is_eos.cumsum(dim=1) - is_eos == 0

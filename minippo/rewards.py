@@ -22,9 +22,10 @@ def per_token_rewards(
     mask:    (B, R) bool  True where the token counts; it may have holes
     kl_coef: ()           β: a float or a 0-d tensor
     returns: (B, R), 0 where mask is False
-    Source: Ziegler et al. 2019, arXiv:1909.08593 eq. 2; Ouyang et al. 2022, arXiv:2203.02155. The
-        score stands on the last real token, as in OpenRLHF and early TRL; TRL's later trainer puts
-        it on the first pad after EOS and needs a second mask for that.
+    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2; Ouyang et al. 2022, arXiv:2203.02155.
+        The score stands on the last real token, as in early TRL, OpenRLHF and verl; TRL's later
+        trainer puts it on the first pad after EOS and needs a second mask for that; trlX and
+        DeepSpeed-Chat put it past the EOS too where pad is a token of its own.
     """
     penalty = kl_coef * kl.masked_fill(~mask, 0)
     return torch.where(_last_counted(mask), scores.unsqueeze(1), 0) - penalty
@@ -43,8 +44,9 @@ def penalize_missing_eos(
     eos_id:   () int       the end-of-sequence token: an int or a 0-d tensor
     penalty:  float        a positive number, in units of the scores
     returns: (B,)
-    Source: TRL subtracts, lm-human-preferences and its reproductions *replace* the score by −1. We
-        subtract: to be replaced can be a gain for a bad answer, and it hides how good the text is.
+    Source: TRL's later trainer subtracts, lm-human-preferences and its reproductions *replace* the
+        score by −1. We subtract: to be replaced can be a gain for a bad answer, and it hides how
+        good the text is.
     """
     ends_in_eos = (_last_counted(mask) & (response == eos_id)).any(dim=1)
     return torch.where(ends_in_eos, scores, scores - penalty)
@@ -59,9 +61,9 @@ def standardize_scores(scores: Tensor, mean: float | Tensor, std: float | Tensor
     mean:   ()    μ of the scores of samples of the reference policy
     std:    ()    σ of the same scores
     returns: (B,)
-    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2: Bradley-Terry fixes scores only up to a
-        constant, so zero has to be chosen. On samples of the reference, as there; OpenRLHF takes
-        the mean and std of its evaluation pairs, DeepSpeed-Chat clips instead.
+    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2, on samples of the reference. It has to
+        be chosen: Bradley-Terry fixes scores only up to a constant. OpenRLHF takes the mean and std
+        of its evaluation pairs, DeepSpeed-Chat clips instead.
     """
     return (scores - mean) / std
 
@@ -73,8 +75,8 @@ def prompt_values(scores: Tensor) -> Tensor:
 
     scores:  (B, K)  scores of K answers to the same prompt
     returns: (B,)
-    Source: the definition of a state's value, V(x) = E_y R(x, y) (Sutton and Barto 2018, eq. 3.12).
-        Peers start the critic from the reward model and let PPO do the rest. It is the value at the
-        prompt alone: the values of later tokens come with the training.
+    Source: the definition of a state's value, V(x) = E_y R(x, y) (Sutton and Barto 2018, section
+        3.5). Peers start the critic from the reward model and let PPO do the rest. It is the value
+        at the prompt alone: the values of later tokens come with the training.
     """
     return scores.mean(dim=1)

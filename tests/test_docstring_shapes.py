@@ -13,6 +13,7 @@ and what comes back is compared with what the docstring says.
 import importlib
 import inspect
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -92,16 +93,58 @@ def returned(value):
     return tuple(value.shape), value.dtype
 
 
-@FORMULAS
-def test_documented_shapes_are_what_comes_back(function):
-    arguments, returns = read_docstring(function)
+def calls(function, arguments: dict, rest: tuple[int, ...] = ()):
+    """What comes back from the required arguments alone, and with every tensor argument."""
     parameters = inspect.signature(function).parameters
     required = {name for name in parameters if parameters[name].default is EMPTY}
     with_tensors = required | {name for name in parameters if arguments[name][0]}
+    for names in (required, with_tensors):
+        given = {name: make_argument(name, *arguments[name], rest) for name in names}
+        yield returned(function(**given))
+
+
+@FORMULAS
+def test_documented_shapes_are_what_comes_back(function):
+    arguments, returns = read_docstring(function)
     for rest in [(), (13,), (13, 2)] if "..." in returns else [()]:
-        for names in (required, with_tensors):
-            given = {name: make_argument(name, *arguments[name], rest) for name in names}
-            assert returned(function(**given)) == documented(returns, rest)
+        for result in calls(function, arguments, rest):
+            assert result == documented(returns, rest)
+
+
+def with_one_axis_wrong(arguments: dict, returns: str):
+    """(what is wrong, arguments, returns), once for every axis that two places must agree on.
+
+    H stands for the wrong axis: no formula has it. A letter that the docstring names only once is
+    free: a loss over (B, K) scores takes any B.
+    """
+    main = returns.split(";")[0]
+    shapes = [*re.findall(SHAPE, main), *(shape or "" for shape, _ in arguments.values())]
+    letters = Counter(re.findall("[A-Z]", "".join(shapes)))
+    for name, (shape, dtype) in arguments.items():
+        for found in re.finditer("[A-Z]", shape or ""):
+            wrong = f"{shape[: found.start()]}H{shape[found.end() :]}"
+            if letters[found[0]] > 1:
+                yield f"{name}: {wrong}", {**arguments, name: (wrong, dtype)}, returns
+    for found in re.finditer(SHAPE, main):
+        wrong = "(H,)" if found[0] == "()" else re.sub("[A-Z]", "H", found[0], count=1)
+        yield f"returns: {wrong}", arguments, f"{main[: found.start()]}{wrong}{main[found.end() :]}"
+
+
+def agrees(function, arguments: dict, returns: str) -> bool:
+    try:
+        return all(result == documented(returns, ()) for result in calls(function, arguments))
+    except (RuntimeError, IndexError):  # torch refuses tensors that do not fit together
+        return False
+
+
+@FORMULAS
+def test_one_wrong_axis_in_a_docstring_is_noticed(function, monkeypatch):
+    wrong = list(with_one_axis_wrong(*read_docstring(function)))
+    assert wrong
+    for size in (13, 1):  # torch.gather takes an input that is too large, others broadcast a 1
+        monkeypatch.setitem(AXES, "H", size)
+        wrong = [case for case in wrong if agrees(function, *case[1:])]
+    assert not [what for what, *_ in wrong]
 
 
 @FORMULAS

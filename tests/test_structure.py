@@ -363,11 +363,11 @@ def words(path):
 
 
 def test_one_name_for_one_idea():
-    here = Path(__file__).resolve()
+    here = {Path(__file__).resolve(), ROOT / "tests" / "test_peers.py"}  # it runs TRL's own lines
     wrong = [
         f"{path.relative_to(ROOT)}:{token.start[0]} '{word}': here this is '{ALIASES[word]}'"
         for path in PYTHON
-        if path != here
+        if path not in here
         for token, word in words(path)
         if word in ALIASES
     ]
