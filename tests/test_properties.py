@@ -143,12 +143,13 @@ def test_formatting_what_was_parsed_changes_nothing_more(text):
 @WITH_FILES
 @given(
     st.lists(
-        st.text(st.characters(exclude_characters="\r\n", codec="utf-8")) | raw_rows, max_size=6
+        st.text(st.characters(exclude_characters="\r\n", codec="utf-8")) | raw_rows.map(json.dumps),
+        max_size=6,
     )
 )
 def test_a_file_of_any_lines_is_loaded_and_every_line_counted(tmp_path_factory, lines):
     good = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
-    written = [line if isinstance(line, str) else json.dumps(line) for line in [good, *lines]]
+    written = [json.dumps(good), *lines]  # a line feed inside a row is escaped there
     path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
     path.write_text("\n".join(written), encoding="utf-8", newline="")
     rows, report = load_preferences(path, on_error="skip")
