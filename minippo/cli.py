@@ -281,10 +281,10 @@ def _close_bars() -> None:
 
 def _mistake(said: str) -> str:
     """What is wrong with the options, without the other commands' options that tyro lists."""
-    text, titles = _one_line(said), "Unrecognized options|Value error|Parsing error"
+    text, titles = _one_line(said), "Unrecognized options|Value error|Parsing error|Invalid choice"
     near = re.search(r"Perhaps you meant: (--\S+)", text)
     text = re.split(r" Perhaps you meant:| For full helptext", text)[0]
-    text = re.sub(rf"^({titles}) (?=Unrecognized|Error)", "", text)
+    text = re.sub(rf"^({titles}) (?=Unrecognized|Error|invalid)", "", text)
     return f"{text}; did you mean {near[1]}?" if near else text
 
 

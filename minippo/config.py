@@ -184,7 +184,7 @@ class PPOConfig(_Settings):
 class EvalConfig(_Settings):
     """Evaluation on prompts nobody trained on."""
 
-    # test: what is reported, once; validation: what settings are chosen on (TinyHH has both)
+    # test: what is reported; validation: what settings are chosen on (TinyHH has both)
     prompts_of: Literal["test", "validation"] = "test"
     prompts: int = 512  # prompts that are answered; 200 to 2,000
     best_of: int = 16  # n of best-of-n by the same reward model; 4 to 64, 0 skips it

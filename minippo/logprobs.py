@@ -38,7 +38,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         right at τ = 1 only. The division makes a new tensor: `/=`, as in TRL, changes the model's
         own output.
     """
-    # Divided only if it changes something: the copy costs about as much as the log-softmax.
+    # Divided only if it changes something: a division copies all the logits.
     scaled = logits if temperature == 1.0 else logits / temperature
     logprobs_all = torch.log_softmax(scaled, dim=-1)
     return logprobs_all.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -133,6 +133,7 @@ def test_the_help_of_a_command_mentions_every_field_of_its_configs(command, caps
         (["sft", "--name", "../x"], "RunConfig.name is '../x'"),
         (["sft", "--name", ".."], "RunConfig.name is '..'"),
         (["ppo", "--step", "3"], "--step, 3; did you mean --steps?"),
+        (["evaluate", "--prompts-of", "valid"], "minippo: invalid choice 'valid'"),
         (["train"], "train"),
     ],
 )

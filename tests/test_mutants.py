@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants.patching import NotApplicable, applied
+from mutants.patching import NotApplicable, applied, find_function
 from mutants.run import named_tests
 from mutants.table import COMMON, VARIANTS, Variant
 
@@ -37,8 +38,16 @@ def test_every_variant_is_noticed_by_every_test_it_names():
 
 def test_every_variant_applies_to_the_code():
     for variant in VARIANTS:
-        with applied(variant.module, variant.function, variant.old, variant.new):
-            pass
+        module = importlib.import_module(f"minippo.{variant.module}")
+        right = parts_of(find_function(module, variant.function))
+        with applied(variant.module, variant.function, variant.old, variant.new) as function:
+            assert parts_of(function) != right, f"{variant.id} changes nothing"
+        assert parts_of(find_function(module, variant.function)) == right, variant.id
+
+
+def parts_of(function):
+    """What a variant may exchange: the code, and the defaults of its arguments."""
+    return function.__code__, function.__defaults__, function.__kwdefaults__
 
 
 def test_the_table_is_complete():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # A combination of goal, form and detail belongs to one split, by a hash of the question it makes:
 # the splits are disjoint in what is asked and how. The numbers are percent of all combinations.
-# Settings are chosen on validation; test is for what is reported, once.
+# Settings are chosen on validation; test is for what is reported.
 SPLITS = {"test": 8, "pretrain": 37, "sft": 15, "preference": 20, "ppo": 12, "validation": 8}
 HARMFUL_IN_TEN = 3  # requests of ten, in each split
 UNSEEN_EVERY = 10  # one topic in ten occurs in no preference pair
