@@ -8,6 +8,8 @@
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone, two files at a time
 #   make mutants    put known wrong versions of the functions in place: each has to be noticed
+#   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (an hour)
+#   make oracle     train_ppo against the exact optimum: 164 trainings (20 minutes)
 #   make notebooks  run the committed notebooks and compare their outputs
 #   make exercises  run the exercise notebooks as a student gets them, unsolved
 #   make staleness  check that the notebooks are what their sources say
@@ -51,7 +53,7 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit mutants notebooks exercises staleness rebuild lint clean
+.PHONY: help demo seeds hh results data install test unit mutants mutation oracle notebooks exercises staleness rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -92,6 +94,13 @@ unit: install
 mutants: install
 	$(BIN)/python -m tests.mutants.run
 
+mutation: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt mutmut
+	$(BIN)/python -m tests.mutants.general
+
+oracle: install
+	$(BIN)/python docs/oracle_runs.py
+
 notebooks: install
 	$(if $(BUILT),$(call phase,notebooks,$(NBVAL) --nbval $(BUILT)),@echo "no notebooks")
 
@@ -106,7 +115,7 @@ rebuild: install
 
 lint: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt ruff
-	$(BIN)/ruff check minippo tests notebooks
+	$(BIN)/ruff check minippo tests notebooks docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -84,7 +84,13 @@ class World:
         return torch.stack(nodes, 1)
 
     def score_fn(self, tokens: Tensor, attention_mask: Tensor, query_length: int) -> Tensor:
-        """The reward (B,) of each row, by looking it up; ValueError if a row has not ended."""
+        """The reward (B,) of each row, by looking it up.
+
+        Raises ValueError if a row has not ended, or has more tokens than the world knows.
+        """
+        if bool((attention_mask[:, query_length:].sum(1) > self.length).any()):
+            message = f"a response has more than the {self.length} tokens of this world"
+            raise ValueError(f"{message}; set max_response_tokens={self.length}")
         node = self.walk(tokens, position_ids(attention_mask))[:, -1] - len(self.states)
         if bool((node < 0).any()):
             raise ValueError(f"a response of fewer than {self.length} tokens has not ended in EOS")
@@ -283,7 +289,7 @@ class TabularValue(nn.Module):
 def feelings_score(words: tuple[str, ...]) -> float:
     """How kind an answer is: good +1, bad -1; "very" doubles what follows, "not" turns it by half.
 
-    A word that nothing follows costs a half, an answer that does not end costs 3.
+    A "very" or "not" that nothing follows costs a half, an answer that does not end costs 3.
     """
     total, factor = 0.0, 1.0
     for word in words:
@@ -291,7 +297,8 @@ def feelings_score(words: tuple[str, ...]) -> float:
         if word in ("good", "bad"):
             total += factor if word == "good" else -factor
             factor = 1.0
-    return total - 0.5 * (factor != 1.0) - 3.0 * (words[-1] != ".")
+    dangling = [word for word in words if word != "."][-1:] in (["very"], ["not"])
+    return total - 0.5 * dangling - 3.0 * (words[-1] != ".")
 
 
 def feelings_world(length: int = 3) -> tuple[World, Tensor]:

@@ -1,4 +1,4 @@
-"""Figures: learning curves and score histograms, from the rows of metrics.jsonl.
+"""Figures: learning curves and histograms from metrics.jsonl, and the oracle's policies.
 
 Each function returns a `matplotlib.figure.Figure` of its own, without pyplot: importing this module
 chooses no backend, and no figure stays behind. In a notebook, `%matplotlib inline` shows them.
@@ -134,6 +134,34 @@ def score_histogram(groups: dict[str, list[float]], label: str = "gold score") -
     axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("share of answers", fontsize=9)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _clean(axes)
+    return figure
+
+
+def probability_bars(labels: list[str], groups: dict[str, list[float]], most: int = 24) -> Figure:
+    """Probabilities of the same things under several policies, side by side, likeliest first.
+
+    labels: what each thing is called
+    groups: name of the policy -> its probabilities, one for each label; the last group orders them
+    most: so many are drawn; the rest are summed up in a last bar
+    Raises ValueError if a group has not one probability for each label.
+    """
+    wrong = [name for name, shares in groups.items() if len(shares) != len(labels)]
+    if wrong or not groups:
+        raise ValueError(f"{len(labels)} labels, and not as many probabilities in {wrong}")
+    *_, last = groups.values()
+    order = sorted(range(len(labels)), key=lambda i: -last[i])
+    shown, rest = order[:most], order[most:]
+    names = [labels[i] for i in shown] + ([f"the other {len(rest)}"] if rest else [])
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(groups)
+    for g, (name, shares) in enumerate(groups.items()):
+        heights = [shares[i] for i in shown] + ([sum(shares[i] for i in rest)] if rest else [])
+        places = [i + (g - (len(groups) - 1) / 2) * width for i in range(len(heights))]
+        axes.bar(places, heights, width, label=name, color=COLOURS[g % len(COLOURS)])
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_ylabel("probability", fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
     _clean(axes)
     return figure
 

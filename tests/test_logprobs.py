@@ -39,7 +39,7 @@ def test_response_window_keeps_further_axes(response_length):
     assert response_window(x, response_length).shape == (B, response_length, 3, 4)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7, 2.0])
 def test_gather_logprobs_equals_categorical(temperature):
     logits, tokens = random_logits()
     expected = Categorical(logits=logits / temperature).log_prob(tokens)

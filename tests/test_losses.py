@@ -152,6 +152,13 @@ def test_ranking_loss_of_two_answers_is_the_preference_loss():
     torch.testing.assert_close(ranking_loss(scores), preference_loss(scores[:, 0], scores[:, 1]))
 
 
+def test_ranking_loss_works_where_the_scores_are_whatever_the_default_device():
+    scores = randn(4, 3)
+    expected = ranking_loss(scores)
+    with torch.device("meta"):  # new tensors go to another device unless they are told
+        torch.testing.assert_close(ranking_loss(scores), expected)
+
+
 def test_ranking_loss_wants_the_best_first():
     ordered = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     losses = [ranking_loss(ordered[:, list(p)]).item() for p in itertools.permutations(range(4))]

@@ -56,7 +56,8 @@ def test_the_table_is_complete():
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", variant.id)
         assert all(dataclasses.astuple(variant)), f"{variant.id} has an empty field"
         assert variant.misconception.endswith(".") and variant.symptom.endswith(".")
-    assert sum(v.source == COMMON for v in VARIANTS) <= len(VARIANTS) / 10
+    historical = [v for v in VARIANTS if v.module != "oracle"]  # the oracle has no peers
+    assert sum(v.source == COMMON for v in historical) <= len(historical) / 10
 
 
 def test_every_part_of_the_pipeline_has_variants():

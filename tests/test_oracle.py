@@ -139,7 +139,15 @@ def test_score_fn_looks_up_the_response_whatever_the_padding(world):
 
 def test_score_fn_refuses_a_response_that_has_not_ended(world):
     with pytest.raises(ValueError, match="not ended"):
-        world.score_fn(torch.tensor([[0, 1, 2]]), torch.ones(1, 3).bool(), 1)
+        world.score_fn(torch.tensor([[0, 1, 0], [0, 1, 2]]), torch.ones(2, 3).bool(), 1)
+
+
+def test_score_fn_refuses_a_response_that_is_longer_than_the_world(world):
+    tokens = torch.tensor([[0, 1, 2, 3, 1]])
+    with pytest.raises(ValueError, match="max_response_tokens=3"):
+        world.score_fn(tokens, torch.ones(1, 5).bool(), 1)
+    padded = torch.tensor([[True, True, True, True, False]])  # the fourth token is padding
+    assert world.score_fn(tokens, padded, 1).shape == (1,)
 
 
 # --- a policy, exactly ------------------------------------------------------------------------
@@ -351,6 +359,12 @@ def test_the_expected_update_vanishes_at_the_fixed_point_and_not_at_the_optimum(
     assert kl_loss_update(world, best, ref, BETA, charged=0.0).abs().max() > 1e-3
 
 
+def test_what_is_computed_of_a_policy_is_data_and_has_no_gradient(world, ref):
+    leaf = ref.clone().requires_grad_()
+    results = (*world.optimum(leaf, 0.7), *world.values(leaf, leaf, 0.7))
+    assert not any(x.requires_grad for x in (*results, world.kl_loss_optimum(leaf, 0.7)))
+
+
 def test_a_weak_reward_leaves_the_reference_where_it_is(world, ref):
     for fixed in (world.optimum(ref, 1e8)[0], world.kl_loss_optimum(ref, 1e8)):
         torch.testing.assert_close(fixed, ref, rtol=0, atol=1e-6)
@@ -454,9 +468,11 @@ def test_the_reference_of_feelings_is_a_policy():
 def test_the_table_says_what_stands_in_every_state():
     world = World(".a", 2, lambda words: {".": 0.0, "a.": 1.0, "aa": 0.0}["".join(words)])
     half = torch.full((2, 2), 0.5).double().log()
-    lines = world.table(half, half, kl_coef=1.0).splitlines()
+    policy = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).double().log()
+    lines = world.table(policy, half, kl_coef=1.0).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     # pi*: weights 1/2 for ".", e/4 for "a.", 1/4 for "aa": of them 35, 47 and 17 in a hundred.
-    # V(a) = 1/2, V = 1/4; A(.) = 0 - 1/4; and after "a", "." is worth 1 - 1/2.
-    assert lines[2].split() == "(start) 1.000 +0.25 | 50 50 35 -0.25 | 50 50 65 +0.25".split()
-    assert lines[3].split() == "a 0.500 +0.50 | 50 50 73 +0.50 | 50 50 27 -0.50".split()
+    # "." costs log(0.8 / 0.5) = 0.470, "a" log(0.2 / 0.5) = -0.916. After "a" they are worth
+    # 1 - 0.470 = 0.530 and 0.916, V = 0.607; at the start -0.470 and 0.607 + 0.916, V = -0.071.
+    assert lines[2].split() == "(start) 1.000 -0.07 | 50 80 35 -0.40 | 50 20 65 +1.59".split()
+    assert lines[3].split() == "a 0.200 +0.61 | 50 80 73 -0.08 | 50 20 27 +0.31".split()

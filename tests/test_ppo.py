@@ -165,7 +165,7 @@ def divergence(estimator, p, q, token):
     return log_ratio**2 / 2 if estimator == "mse" else math.exp(-log_ratio) - 1 + log_ratio
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3, 4])
 @pytest.mark.parametrize("estimator", ["full", "mse", "k3"])
 def test_micro_batches_of_unequal_lengths_give_the_gradient_of_the_whole(micro, estimator):
     config = dataclasses.replace(CONFIG, kl_loss_coef=0.5, kl_loss_estimator=estimator)
@@ -240,6 +240,37 @@ def test_masked_positions_touch_neither_loss_nor_gradient(name):
     assert_same_gradients(gradients(policy, value_model), expected, 0)
 
 
+@pytest.mark.parametrize("estimator", ["full", "mse", "k3"])
+def test_a_hole_in_the_mask_is_left_out_of_every_term(estimator):
+    """Against the formulas on the packed tokens that count, written out here."""
+    config = dataclasses.replace(CONFIG, kl_loss_coef=0.5, kl_loss_estimator=estimator)
+    rollout, policy, ref_policy, value_model = moved_rollout(config)
+    mask = rollout.mask.clone()
+    mask[:, 1] = False
+    assert (rollout.mask & ~mask).sum() > 3 and mask[:, 2:].any()
+    names = "logprobs ref_logprobs values advantages returns".split()
+    dirty = {name: getattr(rollout, name).masked_fill(~mask, math.nan) for name in names}
+    _, stats = ppo_loss(
+        policy, ref_policy, value_model, dataclasses.replace(rollout, mask=mask, **dirty), config
+    )
+    places = rollout.tokens, rollout.attention_mask, mask.shape[1]
+    p, q = (response_logits(m, *places).log_softmax(-1)[mask] for m in (policy, ref_policy))
+    tokens, values = rollout.response[mask], value_model(*places)[mask]
+    old, old_values, wanted, returns = (
+        getattr(rollout, name)[mask] for name in "logprobs values advantages returns".split()
+    )
+    ratio = (p[torch.arange(len(tokens)), tokens] - old).exp()
+    surrogate = torch.min(ratio * wanted, ratio.clamp(0.8, 1.2) * wanted)
+    near = old_values + (values - old_values).clamp(-0.2, 0.2)
+    errors = torch.max((values - returns) ** 2, (near - returns) ** 2)
+    kl = [divergence(estimator, *row) for row in zip(p.detach(), q.detach(), tokens.tolist())]
+    assert config.clip_range == config.value_clip_range == 0.2
+    surrogate, squares = float(surrogate.detach().mean()), float(errors.detach().mean())
+    assert float(stats["loss/policy"].detach()) == pytest.approx(-surrogate, rel=1e-4)
+    assert float(stats["loss/value"].detach()) == pytest.approx(squares / 2, rel=1e-4)
+    assert float(stats["loss/kl"].detach()) == pytest.approx(sum(kl) / len(kl), rel=1e-4, abs=1e-6)
+
+
 # --- the KL as a term of the loss ---------------------------------------------------------------
 
 
@@ -303,6 +334,12 @@ def test_with_tiny_learning_rates_the_ratio_stays_one():
                                              micro_batch_size=2)):  # fmt: skip
         assert abs(metrics["policy/ratio"] - 1) < 1e-5
         assert metrics["policy/approx_kl"] < 1e-8 and metrics["policy/clip_frac"] == 0
+
+
+def test_without_prompts_nothing_is_said_of_their_length():
+    config = dataclasses.replace(CONFIG, max_response_tokens=models()[0].config.n_positions)
+    with pytest.raises(ValueError, match="no rows"):
+        train_ppo(*models(), rule, [], TOKENIZER, config)
 
 
 def test_dropout_is_off_in_all_four_models_in_whatever_mode_they_came(monkeypatch):

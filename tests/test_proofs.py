@@ -115,19 +115,24 @@ def test_k3_of_whole_responses_is_unbiased_too_and_another_estimator():
     assert (kl_k3(*whole) - kl_k3(*views(POLICY)).sum(1)).abs().max() > 0.1
 
 
-def test_the_bias_of_k2_is_a_sixth_of_the_third_moment_less_a_24th_of_the_fourth():
-    """E exp(-d) = 1 for d = log pi - log pi_ref; its series gives E[k2] - KL to fifth order."""
+@pytest.mark.parametrize("of", ["responses", "tokens"])
+def test_the_bias_of_k2_is_a_sixth_of_the_third_moment_less_a_24th_of_the_fourth(of):
+    """E exp(-d) = 1 for d = log pi - log pi_ref; its series gives E[k2] - KL up to fifth order.
+
+    So it is for d of whole responses, and, token by token and summed, for d of a token.
+    """
     errors = []
     for distance in (0.2, 0.1, 0.05):
         policy = (REF + distance * random_table(WORLD, 3)).log_softmax(-1)
-        whole = [x.sum(1) for x in views(policy)]
-        d = kl_k1(*whole)
-        bias = mean_of(kl_k2(*whole), policy) - WORLD.kl(policy, REF)
-        series = mean_of(d**3, policy) / 6 - mean_of(d**4, policy) / 24
+        pair = views(policy)
+        pair = [x.sum(1, keepdim=True) for x in pair] if of == "responses" else pair
+        d = kl_k1(*pair)
+        bias = mean_of(kl_k2(*pair).sum(1), policy) - WORLD.kl(policy, REF)
+        series = mean_of((d**3 / 6 - d**4 / 24).sum(1), policy)
         assert abs(series) > 10 * abs(bias - series)
         errors.append(float((bias - series).abs()))
     # What is left is of fifth order: halving the distance divides it by about 32.
-    assert 20 < errors[0] / errors[1] < 50 and 20 < errors[1] / errors[2] < 50
+    assert 15 < errors[0] / errors[1] < 50 and 15 < errors[1] / errors[2] < 50
 
 
 def sampled(config=PPO, table=POLICY, ref=REF, value=None, seed=0, batches=1):
@@ -406,12 +411,18 @@ def test_at_the_optimum_every_sampled_advantage_is_0_not_only_their_mean():
 # --- the policy gradient ----------------------------------------------------------------------
 
 
-@LAMBDAS
-def test_the_sampled_policy_gradient_is_unbiased_for_the_exact_one(lam):
-    """64 rollouts of 256 answers, seed 3, exact critic: max |z| < 4 over the 52 logits."""
-    values, _, _ = WORLD.values(POLICY, REF, BETA)
-    exact = WORLD.gradient(double(POLICY), REF, BETA)[0]
-    config, estimates = dataclasses.replace(PPO, lam=lam), []
+@pytest.mark.parametrize("lam, heat", [(0.0, 1.0), (0.95, 1.0), (1.0, 1.0), (0.95, 1.6)])
+def test_the_sampled_policy_gradient_is_unbiased_for_the_exact_one(lam, heat):
+    """64 rollouts of 256 answers, seed 3, exact critic: max |z| < 4 over the 52 logits.
+
+    At temperature 1.6 the policy that acts, and the reference, are the heated ones.
+    """
+    hot, hot_ref = ((x / heat).log_softmax(-1) for x in (POLICY, REF))
+    values, _, _ = WORLD.values(hot, hot_ref, BETA)
+    model = double(POLICY)
+    objective = WORLD.objective(WORLD.logprobs_all(model, heat), hot_ref, BETA)
+    (exact,) = torch.autograd.grad(objective, list(model.parameters()))
+    config, estimates = dataclasses.replace(PPO, lam=lam, temperature=heat), []
     for policy, ref_policy, critic, rollout in sampled(config, value=values, seed=3, batches=64):
         loss, _ = ppo_loss(policy, ref_policy, critic, rollout, config)
         # The loss is a mean over tokens; the objective is one over answers.
@@ -420,7 +431,7 @@ def test_the_sampled_policy_gradient_is_unbiased_for_the_exact_one(lam):
         policy.logits.grad = None
     assert z_score(torch.stack(estimates), exact).max() < 4
     mean = torch.stack(estimates).mean(0)
-    assert (mean - exact).norm() < 0.1 * exact.norm()
+    assert (mean - exact).norm() < 0.05 * exact.norm()
 
 
 def row_gradients(advantages, table=POLICY):

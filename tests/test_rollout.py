@@ -274,6 +274,11 @@ def test_a_score_fn_of_the_wrong_shape_is_refused(world, wrong):
         world.rollout(score_fn=lambda *args: wrong(rule(*args)))
 
 
+def test_what_a_score_fn_gave_instead_is_named(world):
+    with pytest.raises(ValueError, match="got list$"):
+        world.rollout(score_fn=lambda *args: rule(*args).tolist())
+
+
 @pytest.mark.parametrize("micro, sizes", [(8, [8]), (3, [3, 3, 2]), (1, [1] * 8)])
 def test_score_fn_sees_no_more_answers_at_once_than_the_models_do(world, rollout, micro, sizes):
     seen = []
@@ -400,6 +405,14 @@ def test_a_single_token_that_counts_gives_finite_numbers(world):
     assert float(metrics["value/explained_variance"]) == 1
 
 
+def test_two_tokens_that_count_are_whitened(world):
+    config = dataclasses.replace(CONFIG, max_response_tokens=1, whiten_advantages=True)
+    two = world.rollout(config, prompts=[[5, 6], [7]])
+    low, high = sorted(two.advantages.flatten().tolist())
+    # Mean 0, and an unbiased variance of 1: 2 a^2 / (2 - 1) = 1.
+    assert (low, high) == pytest.approx((-(0.5**0.5), 0.5**0.5), rel=1e-3)
+
+
 def test_models_in_float64_give_a_rollout_in_float64():
     double = World()
     for model in (double.policy, double.ref_policy, double.value_model):
@@ -472,6 +485,14 @@ def test_minibatches_hold_each_row_once_in_an_order_of_the_generator(rollout, ge
         assert torch.equal(tensor, getattr(rollout, name)[order])
     again = rollout.minibatches(8, torch.Generator().manual_seed(0))
     assert [rollout.tokens.tolist().index(r) for r in next(again).tokens.tolist()] == order
+
+
+def test_minibatches_are_chosen_where_the_rollout_is(rollout, generator, monkeypatch):
+    places = []
+    monkeypatch.setattr(Rollout, "rows", lambda self, indices: places.append(indices.device.type))
+    elsewhere = dataclasses.replace(rollout, tokens=rollout.tokens.to("meta"))
+    list(elsewhere.minibatches(4, generator))
+    assert places == ["meta", "meta"]
 
 
 def fields():
