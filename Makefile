@@ -8,8 +8,8 @@
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone, two files at a time
 #   make mutants    put known wrong versions of the functions in place: each has to be noticed
-#   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (an hour)
-#   make oracle     train_ppo against the exact optimum: 164 trainings (20 minutes)
+#   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
+#   make oracle     train_ppo against the exact optimum: 173 trainings (20 minutes)
 #   make notebooks  run the committed notebooks and compare their outputs
 #   make exercises  run the exercise notebooks as a student gets them, unsolved
 #   make staleness  check that the notebooks are what their sources say

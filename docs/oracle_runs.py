@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from minippo.config import PPOConfig
 from minippo.models import ValueModel, frozen_copy, tiny_gpt2
+from minippo.optim import Hooks
 from minippo.oracle import TabularPolicy, TabularValue, World, feelings_world
 from minippo.plots import probability_bars
 from minippo.ppo import train_ppo
@@ -41,10 +42,13 @@ SETTINGS = PPOConfig(
     value_clip_range=1e6, max_response_tokens=3,
 )  # fmt: skip
 BETAS = {"feelings": (0.5, 0.8, 1.4), "scattered": (0.3, 0.5, 0.8)}
-# A network needs more steps than a table. With the KL in the loss it needs larger batches instead:
-# at that fixed point the advantages are not 0, so the noise of a batch never dies out.
-GPT2 = {"ppo_epochs": 3, "lr": 3e-3, "value_lr": 3e-3}
-GPT2 = {"reward": GPT2 | {"steps": 500}, "loss": GPT2 | {"batch_size": 2048, "ppo_epochs": 2}}
+# A network has more steps than a table. With the KL in the loss it has larger batches instead, in
+# which rare responses that the goal wants are more likely to be found.
+GPT2_RATES = {"lr": 3e-3, "value_lr": 3e-3}
+GPT2 = {
+    "reward": GPT2_RATES | {"ppo_epochs": 3, "steps": 500},
+    "loss": GPT2_RATES | {"ppo_epochs": 2, "batch_size": 2048},
+}
 # What one changed setting does, on the scattered world at 0.5.
 CHANGES = {
     "table": {},
@@ -59,6 +63,9 @@ CHANGES = {
     "gpt2, lr=0.03": {"lr": 0.03},
     "gpt2, KL in the loss": {},
     "gpt2, KL in the loss, batch_size=512": {"batch_size": 512},
+    "gpt2, KL in the loss, steps=500": {"steps": 500},
+    "gpt2, KL in the loss, lr=0.001": {"lr": 1e-3},
+    "gpt2, steps=250": {"steps": 250},
 }
 
 
@@ -88,7 +95,7 @@ class Run:
     goal_to_best: float  # KL(goal, pi*): 0 if the goal is pi*
     seconds: float
     favourite: str  # the policy's likeliest response, with its probability here and in the goal
-    lost: str  # how much of the goal's probability lies where the policy has hardly any left
+    missing: str  # how much of the goal's probability lies where the policy has hardly any
 
     @property
     def share(self) -> float:
@@ -118,6 +125,25 @@ def make_models(model: str, world: World, ref: Tensor):
     return gpt2(len(world.words), seed=5), critic
 
 
+class Watch(Hooks):
+    """Remembers how likely the policy makes each response, at first and after each step: (Y,)."""
+
+    def __init__(self, world: World, policy):
+        self.world, self.policy, self.seen = world, policy, []
+
+    def start(self, stage: str, total: int, state: dict) -> int:
+        self.look()
+        return 0
+
+    def step(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        self.look()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        logprobs_all = self.world.logprobs_all(self.policy)
+        self.seen.append(self.world.response_logprobs(logprobs_all).exp())
+
+
 def goals(world: World, ref: Tensor, where: str, coef: float) -> tuple[Tensor, Tensor]:
     """The policy that training should end at, and pi*."""
     best, _ = world.optimum(ref, coef)
@@ -137,34 +163,43 @@ def train(model: str, name: str, where: str, coef: float, seed: int, **changes):
     policy, value_model = make_models(model, world, ref)
     ref_policy, start = frozen_copy(policy), time.process_time()
     prompts = world.prompts(config.batch_size)
-    train_ppo(policy, ref_policy, value_model, world.score_fn, prompts, world, config, seed=seed)
+    models, watch = (policy, ref_policy, value_model), Watch(world, policy)
+    train_ppo(*models, world.score_fn, prompts, world, config, seed=seed, hooks=watch)
     seconds = time.process_time() - start  # of the one thread, whatever else the machine does
     ref, policy = (world.logprobs_all(m).detach() for m in (ref_policy, policy))
     goal, best = goals(world, ref, where, coef)
     started, ended = float(world.kl(ref, goal)), float(world.kl(policy, goal))
     distances = started, ended, float(world.kl(ref, best)), float(world.kl(goal, best))
-    said = favourite(world, policy, goal), lost(world, policy, goal)
+    seen, there = torch.stack(watch.seen), world.response_logprobs(goal).exp()
+    said = favourite(world, seen[-1], there), missing(world, seen, there, config.batch_size)
     run = Run(model, name, where, coef, seed, *distances, seconds, *said)
     return run, world, (ref, policy, goal)
 
 
-def favourite(world: World, policy: Tensor, goal: Tensor) -> str:
-    """What a policy says most, and how likely that is here and there."""
-    here, there = (world.response_logprobs(x).exp() for x in (policy, goal))
+def favourite(world: World, here: Tensor, there: Tensor) -> str:
+    """What a policy says most, and how likely that is here and in the goal; both (Y,)."""
     y = int(here.argmax())
     return f"'{' '.join(world.text(world.responses[y]))}' {here[y]:.1%}, goal {there[y]:.1%}"
 
 
-def lost(world: World, policy: Tensor, goal: Tensor) -> str:
-    """What training has given up: responses with a tenth of the goal's probability or less."""
-    here, there = (world.response_logprobs(x).exp() for x in (policy, goal))
-    gone = here < there / 10
-    first = max(gone.nonzero().flatten().tolist(), key=lambda y: there[y], default=None)
-    if first is None:
-        return "no response is lost"
-    example = f"'{' '.join(world.text(world.responses[first]))}'"
-    return f"{int(gone.sum())} responses are lost that the goal gives {there[gone].sum():.1%} " + (
-        f"({example} {there[first]:.1%}, here {here[first]:.3%})"
+def missing(world: World, seen: Tensor, there: Tensor, batch_size: int) -> str:
+    """What training has not reached: responses with less than a tenth of the goal's probability.
+
+    seen: (1 + steps, Y) the policy at first and after each step
+    there: (Y,) the goal
+    """
+    gone = seen[-1] < there / 10
+    if not gone.any():
+        return "no response is missing"
+    y = int((there * gone).argmax())
+    rare = (batch_size * seen[:-1, y] < 1).tolist()  # less than one sample expected in a step
+    since = len(rare) - rare[::-1].index(False) if False in rare else 0
+    when = f"from step {since} of {len(rare)} on" if since else f"in all {len(rare)} steps"
+    name, total = " ".join(world.text(world.responses[y])), float(there[gone].sum())
+    return (
+        f"{int(gone.sum())} responses are missing that the goal gives {total:.1%} ('{name}' "
+        f"{there[y]:.1%}, at first {seen[0, y]:.2%}, here {seen[-1, y]:.4%}, less than one sample "
+        f"expected {when})"
     )
 
 
@@ -232,7 +267,7 @@ def failures(runs: list[Run]) -> str:
     """Every run that missed a bound, with what the policy ended at."""
     missed = [
         f"- {r.model}, {r.world}, KL in the {r.where}, {r.coef}, seed {r.seed}: {r.share:.2%} of "
-        f"{r.started:.3f} nats in {r.seconds:.0f} s; says most {r.favourite}; {r.lost}"
+        f"{r.started:.3f} nats in {r.seconds:.0f} s; says most {r.favourite}; {r.missing}"
         for r in runs
         if not r.passed
     ]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minippo.plots import probability_bars
 
@@ -101,19 +102,34 @@ def test_a_run_that_misses_is_listed_and_one_that_is_slow_too(in_the_reward):
     assert len(table) == 3 and "**100.00%**" in table[2] and table[2].endswith("| 61 |")
 
 
-def test_the_committed_results_list_every_run_and_each_miss_with_what_was_lost():
+def test_the_committed_results_list_every_run_and_each_miss_with_what_is_missing():
     text = (DOCS / "oracle_results.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- runs -->\n(.*?)<!-- /runs -->", text, re.DOTALL)[1]
     rows = [line for line in block.splitlines() if line.startswith(("| table", "| gpt2"))]
-    shares = [float(x) for row in rows for x in re.findall(r" (\d+\.\d\d)% ", row)]
+    left = [(row, float(x)) for row in rows for x in re.findall(r" (\d+\.\d\d)% ", row)]
+    shares = [share for _, share in left]
     assert len(shares) == len(oracle_runs.plan(8))
-    with_tables = [float(x) for row in rows for x in re.findall(r" (\d+\.\d\d)% ", row)
-                   if row.startswith("| table")]  # fmt: skip
+    with_tables = [share for row, share in left if row.startswith("| table")]
     assert len(with_tables) == 96 and max(with_tables) <= 1
     listed = re.search(r"<!-- failures -->\n(.*?)<!-- /failures -->", text, re.DOTALL)[1]
-    misses = re.findall(r"^- .*: (\d+\.\d\d)% of .*responses are lost", listed, re.MULTILINE)
+    misses = re.findall(r"^- .*: (\d+\.\d\d)% of .*responses are missing", listed, re.MULTILINE)
     assert sorted(map(float, misses)) == sorted(share for share in shares if share > 1)
     assert len(misses) <= len(shares) / 20
+
+
+def test_what_is_missing_is_named_with_the_steps_in_which_it_is_hardly_sampled():
+    world, _ = oracle_runs.feelings_world(length=1)  # "." and four responses that do not end
+    there = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    path = [[0.2, 0.2, 0.2, 0.2, 0.2], [0.5, 0.005, 0.295, 0.2, 0], [0.6, 0.02, 0.28, 0.1, 0]]
+    path += [[0.7, 0.004, 0.196, 0.1, 0], [0.7, 0.001, 0.199, 0.1, 0]]
+    text = oracle_runs.missing(world, torch.tensor(path), there, batch_size=100)
+    assert text.startswith("1 responses are missing that the goal gives 30.0% ('good' 30.0%")
+    assert "at first 20.00%, here 0.1000%" in text and "from step 3 of 4 on" in text
+    path[1:3] = path[3:4] * 2
+    path[0] = path[3]
+    assert "in all 4 steps" in oracle_runs.missing(world, torch.tensor(path), there, batch_size=100)
+    same = there.repeat(2, 1)
+    assert oracle_runs.missing(world, same, there, 100) == "no response is missing"
 
 
 # --- the figure -------------------------------------------------------------------------------
