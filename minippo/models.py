@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,16 +41,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def forward_pass(model, tokens: Tensor, attention_mask: Tensor, use_cache=False, **options):
+def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **options):
     """One pass over padded sequences with the positions of the contract; on CUDA in bfloat16.
 
     tokens: (B, T), or with a KV cache only the last of them
-    attention_mask: (B, T)
+    attention_mask: (B, T); None if every row begins with its real tokens: what stands behind them
+        changes nothing, since attention is causal, and without a mask it is fastest
     """
-    places = position_ids(attention_mask)[:, -tokens.shape[1] :]
-    options |= {"attention_mask": attention_mask, "position_ids": places, "use_cache": use_cache}
+    if attention_mask is not None:
+        places = position_ids(attention_mask)[:, -tokens.shape[1] :]
+        options |= {"attention_mask": attention_mask, "position_ids": places}
     with autocast(tokens.device):
-        return model(input_ids=tokens, **options)
+        return model(input_ids=tokens, use_cache=use_cache, **options)
 
 
 def token_logits(model, tokens: Tensor, attention_mask: Tensor, kept: int = 0) -> Tensor:
@@ -166,6 +169,78 @@ def response_logits(model, tokens: Tensor, attention_mask: Tensor, response_leng
     return token_logits(model, tokens, attention_mask, kept)[:, -kept:-1]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Rows without the padding between, before and behind their tokens, as training reads them.
+
+    Padding costs as much arithmetic as text does, and the vocabulary projection of a token that
+    does not count is for nothing. So each row begins with its first real token, and the heads see
+    the N = mask.sum() positions that predict a token that counts, one after the other.
+    """
+
+    tokens: Tensor  # (B, W) each row's real tokens, then whatever; W is the longest row
+    places: Tensor  # (N,) which of the B * W positions predicts each token that counts
+    targets: Tensor  # (N,) the tokens that count, row by row
+    slots: Tensor  # (N,) where each of them stands in the B * R of a flat response
+    shape: tuple[int, int]  # (B, R)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N,) -> (B, R), 0 where masked."""
+        flat = x.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_copy(0, self.slots, x).view(self.shape)
+
+
+def pack(tokens: Tensor, attention_mask: Tensor, mask: Tensor, lengths=None) -> Packed:
+    """Takes the padding out of [query | response] rows.
+
+    tokens, attention_mask: (B, T)
+    mask: (B, R)    the response tokens that count
+    lengths: (B, 2) what `row_lengths` returns; without it the CPU has to wait for the device
+    """
+    lengths = row_lengths(attention_mask, mask) if lengths is None else lengths
+    width, count = int(lengths[:, 0].max()), int(lengths[:, 1].sum())
+    response_length = mask.shape[1]
+    order = real_first(attention_mask)[:, :width]
+    slots = real_first(mask.flatten())[:count]
+    before = position_ids(attention_mask)[:, -response_length:].flatten()[slots] - 1
+    places = slots // response_length * width + before
+    targets = tokens[:, -response_length:].flatten()[slots]
+    return Packed(tokens.gather(1, order), places, targets, slots, tuple(mask.shape))
+
+
+def row_lengths(attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """(B, 2) on the CPU: the real tokens of each row, and its response tokens that count."""
+    return torch.stack([attention_mask.sum(1), mask.sum(1)], 1).cpu()
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """The places along the last axis in order, but those where mask is True first."""
+    return (~mask.bool()).byte().argsort(dim=-1, stable=True)
+
+
+def counted_logits(model, packed: Packed) -> Tensor:
+    """Logits (N, V) that predict the tokens that count; no others are computed.
+
+    The hidden states are chosen in front of the model's own vocabulary projection, so that what a
+    model does to its logits afterwards (Gemma bounds them, Cohere scales them) is done here too.
+    """
+
+    def choose(head, inputs):
+        return (inputs[0].flatten(0, 1)[packed.places],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        return at_least_float32(forward_pass(model, packed.tokens).logits)
+    finally:
+        hook.remove()
+
+
+def counted_values(value_model, packed: Packed) -> Tensor:
+    """Values (N,) before each token that counts."""
+    hidden = value_model.hidden(packed.tokens)
+    return value_model.read(hidden.flatten(0, 1)[packed.places])
+
+
 class _ScalarHead(nn.Module):
     """A backbone with a head of width 1, readable at any position.
 
@@ -202,8 +277,8 @@ class _ScalarHead(nn.Module):
             classifier.config.pad_token_id = pad_id
         return cls(classifier)
 
-    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) -> (B, T, H), the backbone's last hidden states."""
+    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, H), the backbone's last hidden states; no mask: as in forward_pass."""
         return forward_pass(self.classifier.base_model, tokens, attention_mask).last_hidden_state
 
     def read(self, hidden: Tensor) -> Tensor:
@@ -239,10 +314,10 @@ class RewardModel(_ScalarHead):
 
         Fits PPO's `score_fn`, which is why it takes a query_length.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        last = (attention_mask.long() * (positions + 1)).argmax(-1)  # also with left padding
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return self.read(self.hidden(tokens, attention_mask)[rows, last])
+        lengths = attention_mask.long().sum(1)
+        order = real_first(attention_mask)[:, : int(lengths.max())]
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.read(self.hidden(tokens.gather(1, order))[rows, lengths - 1])
 
     def score_candidates(self, query, query_mask, response, mask) -> Tensor:
         """What forward returns of every response to every query, each query and response read once.

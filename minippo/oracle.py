@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minippo.batching import left_pad
+from minippo.logprobs import response_window
 from minippo.models import position_ids, token_logits
 
 MAX_WORDS, MAX_LENGTH = 6, 4
@@ -249,21 +250,28 @@ class TabularPolicy(nn.Module):
     def __init__(self, world: World, logits: Tensor):
         super().__init__()
         self.world, self.logits = world, nn.Parameter(logits.detach().float())
+        self.head = nn.Identity()  # where other models have their vocabulary projection
+
+    def get_output_embeddings(self):
+        """What all logits go through."""
+        return self.head
 
     def forward(
-        self, input_ids, attention_mask, position_ids, past_key_values=None, use_cache=False,
-        logits_to_keep=0,
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
+        use_cache=False, logits_to_keep=0,
     ):  # fmt: skip
         """input_ids, position_ids: (B, T) -> logits (B, T, V), of the last positions if so asked.
 
         After the end of a response all logits are 0; nobody reads them.
         """
         start = past_key_values.nodes if past_key_values is not None else None
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         nodes = self.world.walk(input_ids, position_ids, start)
         ended = torch.zeros_like(self.logits[:1])
         table = torch.cat([self.logits, ended])[nodes.clamp(max=len(self.logits))]
         return SimpleNamespace(
-            logits=table[:, -logits_to_keep:], past_key_values=_Places(nodes[:, -1])
+            logits=self.head(table[:, -logits_to_keep:]), past_key_values=_Places(nodes[:, -1])
         )
 
 
@@ -274,13 +282,20 @@ class TabularValue(nn.Module):
         super().__init__()
         self.world, self.values = world, nn.Parameter(torch.zeros(len(world.states)))
 
+    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """tokens, attention_mask: (B, T) -> (B, T), the value after each token."""
+        everywhere = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        nodes = self.world.walk(tokens, position_ids(everywhere))
+        ended = self.values.new_zeros(1)
+        return torch.cat([self.values, ended])[nodes.clamp(max=len(self.values))]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """No head: the table holds values already."""
+        return hidden
+
     def forward(self, tokens: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
         """tokens, attention_mask: (B, T) -> values (B, R) before each response token."""
-        nodes = self.world.walk(tokens, position_ids(attention_mask))
-        before = nodes[:, -response_length - 1 : -1]
-        return torch.cat([self.values, self.values.new_zeros(1)])[
-            before.clamp(max=len(self.values))
-        ]
+        return response_window(self.hidden(tokens, attention_mask), response_length)
 
 
 # --- a world to read ----------------------------------------------------------------------------

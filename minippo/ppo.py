@@ -9,17 +9,17 @@ from minippo.kl import KL_ESTIMATORS, adapt_kl_coef
 from minippo.logprobs import gather_logprobs
 from minippo.losses import policy_loss, ppo_objective, value_loss
 from minippo.masking import masked_mean
-from minippo.models import response_logits
+from minippo.models import counted_logits, counted_values
 from minippo.optim import Hooks, adamw, finite_metrics, optimizer_step, set_learning_rate
 from minippo.rollout import collect_rollout, rollout_metrics
 
 
 def ppo_loss(policy, ref_policy, value_model, batch, config: PPOConfig):
     """L_policy + c1 L_value + c2 L_KL on rows of a rollout; returns the loss and its statistics."""
-    response, mask, places = batch.response, batch.mask, (batch.tokens, batch.attention_mask)
-    logits = response_logits(policy, *places, response.shape[1])
-    values = value_model(*places, response.shape[1])
-    logprobs, clip = gather_logprobs(logits, response, config.temperature), config.clip_range
+    packed, mask, clip = batch.packed, batch.mask, config.clip_range
+    logits = counted_logits(policy, packed)
+    logprobs = packed.spread(gather_logprobs(logits, packed.targets, config.temperature))
+    values = packed.spread(counted_values(value_model, packed))
     pg_loss, pg_stats = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, clip)
     clip = config.value_clip_range
     vf_loss, vf_stats = value_loss(values, batch.values, batch.returns, mask, clip)
@@ -97,14 +97,19 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
 
 
 def kl_penalty_loss(logits, logprobs, ref_policy, batch, config: PPOConfig):
-    """L_KL, the KL as a term of the loss: the masked mean of the chosen estimator."""
-    pair = tuple(x.masked_fill(~batch.mask, 0) for x in (logprobs, batch.ref_logprobs))
-    if config.kl_loss_estimator == "full":
-        places, length = (batch.tokens, batch.attention_mask), batch.response.shape[1]
-        with torch.no_grad():
-            ref_logits = response_logits(ref_policy, *places, length)
-        pair = tuple(torch.log_softmax(x / config.temperature, -1) for x in (logits, ref_logits))
-    return masked_mean(KL_ESTIMATORS[config.kl_loss_estimator](*pair), batch.mask)
+    """L_KL, the KL as a term of the loss: the token mean of the chosen estimator.
+
+    logits: (N, V) of the tokens that count
+    logprobs: (B, R)
+    returns: ()
+    """
+    estimate = KL_ESTIMATORS[config.kl_loss_estimator]
+    if config.kl_loss_estimator != "full":
+        return masked_mean(estimate(logprobs, batch.ref_logprobs), batch.mask)
+    with torch.no_grad():
+        ref_logits = counted_logits(ref_policy, batch.packed)
+    pair = (torch.log_softmax(x / config.temperature, -1) for x in (logits, ref_logits))
+    return estimate(*pair).mean()
 
 
 def update_progress(progress: dict, metrics: dict, step: int, config: PPOConfig) -> bool:

@@ -1,7 +1,7 @@
 """One phase of acting: sample answers, score them, turn the scores into advantages per token."""
 
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,21 +13,52 @@ from minippo.generation import generate
 from minippo.kl import KL_ESTIMATORS
 from minippo.logprobs import entropy_from_logits, gather_logprobs
 from minippo.masking import masked_mean, masked_var, masked_whiten, response_mask
-from minippo.models import response_logits
+from minippo.models import Packed, counted_logits, counted_values, pack, row_lengths
 from minippo.rewards import penalize_missing_eos, per_token_rewards, standardize_scores
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What PPO learns from: B answers, and per token what the models thought of them at the time.
-
-    Everything (B, R) is 0 where mask is False.
-    """
+class Samples:
+    """B sampled answers with their prompts."""
 
     tokens: Tensor  # (B, T) query, left-padded, and response, right-padded
     attention_mask: Tensor  # (B, T) bool, its response part equals mask
     response: Tensor  # (B, R)
     mask: Tensor  # (B, R) bool, True up to and with the first EOS
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B, 2) on the CPU: tokens of each row, and those of its response that count.
+
+        The device is asked once per rollout; parts of it take theirs along (see `rows`).
+        """
+        return row_lengths(self.attention_mask, self.mask)
+
+    def rows(self, indices):
+        """The same with these rows only; indices are on the CPU, where the lengths are."""
+        indices = torch.arange(len(self.tokens))[indices]
+        there = indices.to(self.tokens.device, non_blocking=True)
+        part = replace(self, **{f.name: getattr(self, f.name)[there] for f in fields(self)})
+        vars(part)["lengths"] = self.lengths[indices]
+        return part
+
+    def by_length(self, size: int) -> list[Tensor]:
+        """Indices of the rows in pieces of `size`, similar lengths together: least padding."""
+        return pieces(self.lengths[:, 0].argsort(stable=True), size)
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The rows as the models read them."""
+        return pack(self.tokens, self.attention_mask, self.mask, self.lengths)
+
+
+@dataclass(frozen=True)
+class Rollout(Samples):
+    """What PPO learns from: B answers, and per token what the models thought of them at the time.
+
+    Everything (B, R) is 0 where mask is False.
+    """
+
     logprobs: Tensor  # (B, R) log pi of the policy that sampled
     ref_logprobs: Tensor  # (B, R) log pi of the reference
     values: Tensor  # (B, R) V(query, response[:t]), before token t
@@ -39,24 +70,21 @@ class Rollout:
     advantages: Tensor  # (B, R) whitened, if so configured
     returns: Tensor  # (B, R) what the values should have been
 
-    def rows(self, indices: Tensor) -> "Rollout":
-        """The same rollout with these rows only."""
-        return replace(self, **{f.name: getattr(self, f.name)[indices] for f in fields(self)})
-
     def minibatches(self, size: int, generator: torch.Generator):
         """Shuffled minibatches of `size` rows, each row once."""
-        order = torch.randperm(len(self.tokens), generator=generator).to(self.tokens.device)
+        order = torch.randperm(len(self.tokens), generator=generator)
         return (self.rows(indices) for indices in pieces(order, size))
 
     def micro_batches(self, size: int):
-        """Consecutive pieces of `size` rows, each with its share of the tokens.
+        """Pieces of `size` rows of similar length, each with its share of the tokens.
 
-        Token means weighted by these shares add up to the mean over the whole.
+        Token means weighted by these shares add up to the mean over the whole, whichever rows
+        stand together.
         """
-        total = self.mask.sum()
-        for start in range(0, len(self.tokens), size):
-            part = self.rows(slice(start, start + size))
-            yield part, part.mask.sum() / total
+        total = int(self.lengths[:, 1].sum())
+        for indices in self.by_length(size):
+            part = self.rows(indices)
+            yield part, int(part.lengths[:, 1].sum()) / total
 
 
 @torch.no_grad()
@@ -76,58 +104,61 @@ def collect_rollout(
     """
     # 1. Sample. The mask comes from the position of EOS, never from token != pad.
     samples = _sample(policy, prompts, tokenizer, config, seed, step, rows)
-    tokens, attention_mask, response, mask = samples
+    mask = samples.mask
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
-    view = partial(_model_views, policy, ref_policy, value_model, config)
-    parts = [tensor.split(config.micro_batch_size) for tensor in samples]
-    views = map(view, *parts)
-    logprobs, ref_logprobs, values, kl, entropy = map(torch.cat, zip(*views, strict=True))
+    places = samples.by_length(config.micro_batch_size)
+    back = torch.cat(places).argsort().to(mask.device)  # to the order of the prompts
+    parts = [samples.rows(indices) for indices in places]
+    views = [_model_views(policy, ref_policy, value_model, config, part) for part in parts]
+    views = (torch.cat(pieces_of_one)[back] for pieces_of_one in zip(*views, strict=True))
+    logprobs, ref_logprobs, values, kl, entropy = views
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
-    query_length, eos_id = tokens.shape[1] - response.shape[1], tokenizer.eos_token_id
-    score = partial(_checked_scores, score_fn, query_length)
-    raw_scores = torch.cat(list(map(score, *parts[:2])))
-    scores = standardize_scores(raw_scores, *score_stats)
-    scores = penalize_missing_eos(scores, mask, response, eos_id, config.missing_eos_penalty)
+    raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])[back]
+    scores, eos_id = standardize_scores(raw_scores, *score_stats), tokenizer.eos_token_id
+    penalty = config.missing_eos_penalty
+    scores = penalize_missing_eos(scores, mask, samples.response, eos_id, penalty)
     # 4. Rewards per token: the KL penalty at each, the score at the last that counts.
     rewards = per_token_rewards(scores, kl, mask, config.kl_coef if kl_coef is None else kl_coef)
     # 5. Advantages and returns; whitening comes after the returns.
     advantages, returns = estimate_advantages(rewards, values, mask, config)
-    if config.whiten_advantages and mask.sum() > 1:  # a single token has no variance
+    if config.whiten_advantages and samples.lengths[:, 1].sum() > 1:  # one has no variance
         advantages = masked_whiten(advantages, mask)
+    acted = {f.name: getattr(samples, f.name) for f in fields(samples)}
     return Rollout(
-        *samples, logprobs, ref_logprobs, values, kl, entropy,
-        raw_scores, scores, rewards, advantages, returns,
+        **acted, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, kl=kl,
+        entropy=entropy, raw_scores=raw_scores, scores=scores, rewards=rewards,
+        advantages=advantages, returns=returns,
     )  # fmt: skip
 
 
-def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows):
-    """tokens (B, T), attention_mask (B, T), response (B, R), mask (B, R)."""
+def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows) -> Samples:
     device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
     query, query_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_token_id))
     limits = (config.max_response_tokens, eos_id, tokenizer.pad_token_id)
     response = generate(policy, query, query_mask, *limits, seed, step, rows, config.temperature)
     mask = response_mask(response, eos_id)
-    return torch.cat([query, response], 1), torch.cat([query_mask, mask], 1), response, mask
+    tokens, attention_mask = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1)
+    return Samples(tokens, attention_mask, response, mask)
 
 
-def _model_views(policy, ref_policy, value_model, config, tokens, attention_mask, response, mask):
+def _model_views(policy, ref_policy, value_model, config: PPOConfig, samples: Samples):
     """logprobs, ref_logprobs, values, kl, entropy; each (B, R), 0 where masked."""
-    length, heat = response.shape[1], config.temperature
-    logits = response_logits(policy, tokens, attention_mask, length)
-    ref_logits = response_logits(ref_policy, tokens, attention_mask, length)
-    values = value_model(tokens, attention_mask, length)
-    logprobs = gather_logprobs(logits, response, heat)
-    ref_logprobs = gather_logprobs(ref_logits, response, heat)
+    packed, heat = samples.packed, config.temperature
+    logits, ref_logits = counted_logits(policy, packed), counted_logits(ref_policy, packed)
+    logprobs = gather_logprobs(logits, packed.targets, heat)
+    ref_logprobs = gather_logprobs(ref_logits, packed.targets, heat)
     pair = (logprobs, ref_logprobs)
     if config.kl_estimator == "full":
         pair = tuple(torch.log_softmax(x / heat, -1) for x in (logits, ref_logits))
-    kl = KL_ESTIMATORS[config.kl_estimator](*pair)
-    views = (logprobs, ref_logprobs, values, kl, entropy_from_logits(logits / heat))
-    return tuple(view.masked_fill(~mask, 0) for view in views)
+    kl, entropy = KL_ESTIMATORS[config.kl_estimator](*pair), entropy_from_logits(logits / heat)
+    views = (logprobs, ref_logprobs, counted_values(value_model, packed), kl, entropy)
+    return tuple(map(packed.spread, views))
 
 
-def _checked_scores(score_fn, query_length: int, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    scores, count = score_fn(tokens, attention_mask, query_length), len(tokens)
+def _checked_scores(score_fn, samples: Samples) -> Tensor:
+    tokens, count = samples.tokens, len(samples.tokens)
+    query_length = tokens.shape[1] - samples.response.shape[1]
+    scores = score_fn(tokens, samples.attention_mask, query_length)
     got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
     if got != (count,):
         message = f"score_fn must return one score per answer, a tensor of shape ({count},)"

@@ -1,12 +1,11 @@
 """Supervised fine-tuning: next-token loss on the demonstrated answers, and only on them."""
 
 import torch
-from torch.nn import functional as F
 
 from minippo.batching import Encoded, left_pad, pieces, right_pad
 from minippo.config import SFTConfig
-from minippo.losses import lm_loss
-from minippo.models import token_logits
+from minippo.logprobs import gather_logprobs
+from minippo.models import counted_logits, pack
 from minippo.optim import training_loop
 
 
@@ -26,11 +25,10 @@ def sft_loss(policy, tokens, attention_mask, mask):
 
     tokens, attention_mask: (B, T)
     mask: (B, R)
-    returns: ()
+    returns: (), -mean log pi over the tokens that count
     """
-    kept = mask.shape[1] + 1  # the response and the token before it, which predicts its first token
-    logits = token_logits(policy, tokens, attention_mask, kept)
-    return lm_loss(logits, tokens[:, -kept:], F.pad(mask, (1, 0), value=False))
+    packed = pack(tokens, attention_mask, mask)
+    return -gather_logprobs(counted_logits(policy, packed), packed.targets).mean()
 
 
 def train_sft(policy, rows: list[Encoded], config: SFTConfig, pad_id: int, seed=0, hooks=None):
@@ -51,7 +49,7 @@ def accumulate_sft(policy, batch: list[Encoded], micro_batch_size: int, pad_id: 
     """Gradients of the token mean over the whole batch, in micro-batches; returns the loss ()."""
     device = next(policy.parameters()).device
     total, loss = sum(len(row.responses[0]) for row in batch), 0.0
-    for piece in pieces(batch, micro_batch_size):
+    for piece in pieces(sorted(batch, key=lambda row: row.length), micro_batch_size):
         tensors = join([r.prompt for r in piece], [r.responses[0] for r in piece], pad_id, device)
         share = sum(len(r.responses[0]) for r in piece) / total
         part = sft_loss(policy, *tensors) * share

@@ -6,7 +6,7 @@ from torch import Tensor
 from minippo.batching import Encoded
 from minippo.config import ValueConfig
 from minippo.masking import masked_mean
-from minippo.models import ValueModel
+from minippo.models import ValueModel, counted_values, pack
 from minippo.optim import training_loop
 from minippo.sft import join
 
@@ -16,7 +16,8 @@ def _values(value_model, rows: list[Encoded], pad_id: int) -> tuple[Tensor, Tens
     device = next(value_model.parameters()).device
     prompts, responses = [row.prompt for row in rows], [row.responses[0] for row in rows]
     tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
-    return value_model(tokens, attention_mask, mask.shape[1]), mask
+    packed = pack(tokens, attention_mask, mask)
+    return packed.spread(counted_values(value_model, packed)), mask
 
 
 def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) -> Tensor:

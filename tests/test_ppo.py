@@ -310,11 +310,12 @@ def test_the_gradient_of_the_kl_loss_does_not_reach_the_reference(estimator):
 def test_an_impossible_token_at_a_masked_position_does_not_spoil_the_kl_gradient(estimator):
     config = dataclasses.replace(CONFIG, kl_loss_coef=1.0, kl_loss_estimator=estimator)
     rollout, _, ref_policy, _ = moved_rollout(config)
-    assert not rollout.mask.all()
-    logits = torch.zeros(*rollout.mask.shape, V)
-    logits[~rollout.mask] = -200.0 * F.one_hot(torch.tensor(PAD), V)  # padding is never written
+    assert not rollout.mask.all() and not (rollout.packed.targets == PAD).any()
+    logits = torch.zeros(int(rollout.mask.sum()), V)
+    logits[:, PAD] = -200.0  # padding is never written
     logits.requires_grad_()
-    logprobs = torch.log_softmax(logits, -1).gather(-1, rollout.response[..., None]).squeeze(-1)
+    logprobs = logits.log_softmax(-1).gather(-1, rollout.packed.targets[:, None]).squeeze(-1)
+    logprobs = rollout.packed.spread(logprobs)
     loss = kl_penalty_loss(logits, logprobs, ref_policy, rollout, config)
     loss.backward()
     assert bool(torch.isfinite(loss)) and bool(torch.isfinite(logits.grad).all())

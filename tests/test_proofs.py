@@ -31,7 +31,7 @@ from minippo.config import PPOConfig
 from minippo.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
 from minippo.losses import policy_loss
 from minippo.masking import masked_mean
-from minippo.models import ValueModel, frozen_copy, response_logits, tiny_gpt2
+from minippo.models import ValueModel, counted_logits, frozen_copy, tiny_gpt2
 from minippo.optim import adamw
 from minippo.oracle import TabularPolicy, TabularValue, World
 from minippo.ppo import kl_penalty_loss, ppo_loss, ppo_update
@@ -332,8 +332,9 @@ def test_the_kl_loss_of_ppo_has_the_enumerated_gradient(name):
     total = 0.0
     for y in range(len(p)):
         row = batch.rows(slice(y, y + 1))
-        logits = response_logits(policy, row.tokens, row.attention_mask, WORLD.length)
-        logprobs = logits.log_softmax(-1).gather(-1, row.response[..., None]).squeeze(-1)
+        logits = counted_logits(policy, row.packed)
+        logprobs = logits.log_softmax(-1).gather(-1, row.packed.targets[:, None]).squeeze(-1)
+        logprobs = row.packed.spread(logprobs)
         loss = kl_penalty_loss(logits, logprobs, ref_policy, row, config)
         total = total + p[y] * row.mask.sum() * loss
     total.backward()
@@ -612,15 +613,22 @@ def test_the_gradient_of_the_whole_loss_is_that_of_finite_differences(estimator)
     _, stats = ppo_loss(policy, ref_policy, critic, rollout, config)
     assert 0 < stats["policy/clip_frac"] < 1 and 0 < stats["value/clip_frac"] < 1
 
+    whole = _WholeLoss(policy, critic)
+
     def loss(logits, values):
-        views = {"logits": logits}, {"values": values}
-        models = [_with(model, x) for model, x in zip((policy, critic), views)]
-        return ppo_loss(models[0], ref_policy, models[1], rollout, config)[0]
+        parameters = {"policy.logits": logits, "critic.values": values}
+        return torch.func.functional_call(whole, parameters, (ref_policy, rollout, config))
 
     leaves = [p.detach().clone().requires_grad_() for p in (policy.logits, critic.values)]
     assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-7)
 
 
-def _with(model, parameters):
-    """The model as a function of these parameters."""
-    return lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
+class _WholeLoss(nn.Module):
+    """ppo_loss as a function of the parameters of policy and critic."""
+
+    def __init__(self, policy, critic):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(self, ref_policy, rollout, config):
+        return ppo_loss(self.policy, ref_policy, self.critic, rollout, config)[0]

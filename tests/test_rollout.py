@@ -16,6 +16,7 @@ from minippo.optim import adamw
 from minippo.ppo import ppo_loss, ppo_update
 from minippo.rollout import (
     Rollout,
+    Samples,
     _checked_scores,
     collect_rollout,
     estimate_advantages,
@@ -231,8 +232,9 @@ def test_score_fn_sees_tokens_mask_and_the_length_of_the_query(world, rollout):
 
     world.rollout(score_fn=spy)
     ((tokens, attention_mask, query_length),) = seen
-    assert torch.equal(tokens, rollout.tokens) and query_length == max(map(len, PROMPTS))
-    assert torch.equal(attention_mask, rollout.attention_mask)
+    order = rollout.attention_mask.sum(1).argsort(stable=True)  # similar lengths together
+    assert torch.equal(tokens, rollout.tokens[order]) and query_length == max(map(len, PROMPTS))
+    assert torch.equal(attention_mask, rollout.attention_mask[order])
 
 
 def test_scores_are_standardised_first_and_then_fined_for_not_ending(world):
@@ -291,8 +293,9 @@ def test_score_fn_sees_no_more_answers_at_once_than_the_models_do(world, rollout
     config = SimpleNamespace(**{**dataclasses.asdict(CONFIG), "micro_batch_size": micro})
     scored = world.rollout(config, score_fn=spy)
     assert [len(tokens) for tokens, _ in seen] == sizes
+    order = rollout.attention_mask.sum(1).argsort(stable=True)
     for i, name in enumerate(["tokens", "attention_mask"]):
-        assert torch.equal(torch.cat([pair[i] for pair in seen]), getattr(rollout, name))
+        assert torch.equal(torch.cat([pair[i] for pair in seen]), getattr(rollout, name)[order])
     torch.testing.assert_close(scored.raw_scores, rollout.raw_scores, rtol=0, atol=0)
 
 
@@ -310,7 +313,8 @@ def test_a_wrong_shape_is_refused_for_any_part_of_the_answers(world):
 
 def test_scores_from_another_device_come_to_that_of_the_answers():
     tokens = torch.zeros(3, 5, dtype=torch.long, device="meta")  # any device that is not the CPU
-    scores = _checked_scores(lambda *args: torch.ones(3), 2, tokens, tokens)
+    samples = Samples(tokens, tokens, tokens[:, 2:], tokens[:, 2:])
+    scores = _checked_scores(lambda *args: torch.ones(3), samples)
     assert scores.device.type == "meta"
 
 
@@ -487,12 +491,26 @@ def test_minibatches_hold_each_row_once_in_an_order_of_the_generator(rollout, ge
     assert [rollout.tokens.tolist().index(r) for r in next(again).tokens.tolist()] == order
 
 
-def test_minibatches_are_chosen_where_the_rollout_is(rollout, generator, monkeypatch):
-    places = []
-    monkeypatch.setattr(Rollout, "rows", lambda self, indices: places.append(indices.device.type))
-    elsewhere = dataclasses.replace(rollout, tokens=rollout.tokens.to("meta"))
-    list(elsewhere.minibatches(4, generator))
-    assert places == ["meta", "meta"]
+def test_parts_of_a_rollout_elsewhere_keep_their_lengths_on_the_cpu(rollout, generator):
+    """Nothing can be read from the meta device, so nothing has been asked of it."""
+    there = {f.name: getattr(rollout, f.name).to("meta") for f in fields()}
+    elsewhere = Rollout(**there)
+    vars(elsewhere)["lengths"] = rollout.lengths
+    parts = [m for part in elsewhere.minibatches(4, generator) for m, _ in part.micro_batches(2)]
+    assert {part.tokens.device.type for part in parts} == {"meta"}
+    generator.manual_seed(0)
+    order = torch.randperm(8, generator=generator).split(4)
+    order = [half[rollout.lengths[half, 0].argsort(stable=True)] for half in order]
+    assert torch.equal(torch.cat([p.lengths for p in parts]), rollout.lengths[torch.cat(order)])
+
+
+def test_lengths_are_those_of_the_masks_also_after_these_were_replaced(rollout):
+    expected = torch.stack([rollout.attention_mask.sum(1), rollout.mask.sum(1)], 1)
+    assert torch.equal(rollout.lengths, expected)
+    mask = rollout.mask.clone()
+    mask[:, 0] = False
+    assert torch.equal(dataclasses.replace(rollout, mask=mask).lengths[:, 1], mask.sum(1))
+    assert torch.equal(rollout.rows([5, 2]).lengths, expected[[5, 2]])
 
 
 def fields():
@@ -501,10 +519,11 @@ def fields():
 
 def test_shares_of_micro_batches_are_their_part_of_the_tokens(rollout):
     parts = list(rollout.micro_batches(3))
-    lengths = [len(row_of(rollout, i)[1]) for i in range(8)]
+    order = sorted(range(8), key=lambda i: sum(map(len, row_of(rollout, i))))  # by length
+    lengths = [len(row_of(rollout, i)[1]) for i in order]
     expected = [sum(lengths[i : i + 3]) / sum(lengths) for i in (0, 3, 6)]
     assert [float(share) for _, share in parts] == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(torch.cat([part.tokens for part, _ in parts]), rollout.tokens)
+    assert torch.equal(torch.cat([part.tokens for part, _ in parts]), rollout.tokens[order])
 
 
 def test_a_rollout_is_frozen(rollout):
