@@ -140,7 +140,7 @@ class PPOConfig(_Settings):
     steps: int = 80  # rollouts, each followed by its updates; 50 to 10,000
     batch_size: int = 128  # prompts (and answers) a rollout; 64 to 512
     minibatch_size: int = 64  # answers an optimizer step; 1/4 of the rollout to all of it
-    micro_batch_size: int = 32  # answers in the models at once; same result, less memory; 1 and up
+    micro_batch_size: int = 16  # answers in the models at once; same result, less memory; 1 and up
     ppo_epochs: int = 2  # passes over a rollout; 1 to 4
     lr: float = 3e-4  # of the policy, falling to 0; 1e-6 for billions of parameters
     value_lr: float = 5e-4  # of the critic, falling to 0; 1 to 10 times lr

@@ -140,9 +140,25 @@ def _reading(path_or_name):
 def _loaded(kind, path_or_name, **options):
     with _reading(path_or_name) as path:
         model = kind.from_pretrained(path, dtype=torch.float32, **options)
+    _fuse_gelu(model)
     for parameter in model.parameters():  # out of the file's memory map, into aligned memory
         parameter.data = parameter.data.clone()
     return model
+
+
+def _fuse_gelu(model) -> None:
+    """Puts GPT-2's GELU in one kernel: transformers writes the same function as eight operations.
+
+    In the config as well, so that copies of the model and what is saved of it have it too.
+    """
+    from transformers.activations import ACT2FN, NewGELUActivation
+
+    for module in model.modules():
+        for name, part in module.named_children():
+            if isinstance(part, NewGELUActivation):
+                setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
+    if getattr(model.config, "activation_function", None) == "gelu_new":
+        model.config.activation_function = "gelu_pytorch_tanh"
 
 
 def check_same_vocabulary(tokenizer, other, name: str) -> None:

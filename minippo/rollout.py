@@ -110,8 +110,8 @@ def collect_rollout(
     back = torch.cat(places).argsort().to(mask.device)  # to the order of the prompts
     parts = [samples.rows(indices) for indices in places]
     views = [_model_views(policy, ref_policy, value_model, config, part) for part in parts]
-    views = (torch.cat(pieces_of_one)[back] for pieces_of_one in zip(*views, strict=True))
-    logprobs, ref_logprobs, values, kl, entropy = views
+    views = [torch.cat(view)[back] for view in zip(*views, strict=True)]
+    _, _, values, kl, _ = views
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
     raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])[back]
     scores, eos_id = standardize_scores(raw_scores, *score_stats), tokenizer.eos_token_id
@@ -123,11 +123,9 @@ def collect_rollout(
     advantages, returns = estimate_advantages(rewards, values, mask, config)
     if config.whiten_advantages and samples.lengths[:, 1].sum() > 1:  # one has no variance
         advantages = masked_whiten(advantages, mask)
-    acted = {f.name: getattr(samples, f.name) for f in fields(samples)}
     return Rollout(
-        **acted, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, kl=kl,
-        entropy=entropy, raw_scores=raw_scores, scores=scores, rewards=rewards,
-        advantages=advantages, returns=returns,
+        samples.tokens, samples.attention_mask, samples.response, mask, *views,
+        raw_scores, scores, rewards, advantages, returns,
     )  # fmt: skip
 
 
