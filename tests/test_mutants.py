@@ -106,15 +106,15 @@ def test_a_default_can_be_the_change():
 
 def test_decorated_functions_methods_and_class_methods_can_be_changed():
     for module, name, old in [
-        ("rollout", "collect_rollout", "query_length, eos_id ="),
-        ("rollout", "Rollout.rows", "[indices]"),
+        ("rollout", "collect_rollout", "back = torch.cat(places)"),
+        ("rollout", "Samples.rows", "[there]"),
         ("models", "_ScalarHead.from_policy", "** 0.5"),
         ("models", "RewardModel.load", "super().load"),
     ]:
         with applied(module, name, old, f"{old} "):
             pass
     before = collect_rollout.__wrapped__.__code__
-    with applied("rollout", "collect_rollout", "mask.sum() > 1", "mask.sum() > 2"):
+    with applied("rollout", "collect_rollout", "[:, 1].sum() > 1", "[:, 1].sum() > 2"):
         assert collect_rollout.__wrapped__.__code__ != before
     assert collect_rollout.__wrapped__.__code__ == before
 

@@ -506,14 +506,14 @@ def test_a_reward_that_is_no_number_stops_ppo_and_keeps_the_checkpoint(
 
 def test_a_loss_that_is_no_number_names_stage_step_and_key(story, tmp_path, monkeypatch, capfd):
     data, folder = story / "pairs.jsonl", before(story, tmp_path, "sft")
-    original, calls = minippo.sft.lm_loss, [0]
+    original, calls = minippo.sft.sft_loss, [0]
 
-    def lm_loss(*args):
+    def sft_loss(*args):
         calls[0] += 1
         return original(*args) * (float("nan") if calls[0] > 4 else 1.0)  # two micro-batches a step
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(minippo.sft, "lm_loss", lm_loss)
+        patch.setattr(minippo.sft, "sft_loss", sft_loss)
         run("sft", tmp_path, data)
     line = the_line(capfd.readouterr().err)
     assert end.value.code == 2 and "sft, step 2: loss/lm" in line

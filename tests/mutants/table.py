@@ -1341,7 +1341,7 @@ MODELS = (
         new=".flatten()[slots]",
         misconception="The logits at a token are those of this token.",
         symptom="Log-probabilities are those of the token after, and training learns to repeat.",
-        source=COMMON,
+        source=f"{ARENA}, the slip its tests name: [prefix:] for [prefix-1:-1]",
         tests=named("test_packing", "test_logits_and_their_gradients_are_those_of_the_padded_pass"),
     ),
     Variant(
