@@ -1,9 +1,6 @@
 """One PPO step of minippo beside one of TRL's PPOTrainer: `python -m tests.benchmarks --help`."""
 
-import importlib.metadata
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -12,10 +9,10 @@ import tyro
 from tqdm import tqdm
 
 from . import tables
+from .command import CannotRun, Progress, check_sides, installed, run, save
 from .measure import PARTS, measure_part, measure_steps
 from .workloads import WORKLOADS
 
-TRL_VERSION = "1.12.0"  # the last release that has a PPO trainer
 HELP = {
     "workload": "; ".join(f"{name}: {w.about}" for name, w in WORKLOADS.items())
     + "; parts: sampling, GAE and reward-model training alone; all: all of these",
@@ -25,30 +22,6 @@ HELP = {
     "write": "put the tables into docs/performance.md; needs --workload all and both sides",
     "json": "write every measurement to this file as well",
 }
-
-
-class CannotRun(ValueError):
-    """What was asked for cannot be measured; the message says what to do."""
-
-
-def check_sides(only: str) -> list[str]:
-    """"ours,trl" -> ["ours", "trl"]; CannotRun if a side is unknown or cannot run here."""
-    sides = [side.strip() for side in only.split(",")]
-    if unknown := [side for side in sides if side not in tables.NAMES]:
-        raise CannotRun(f"--only knows ours and trl, not {', '.join(unknown)}; use --only ours,trl")
-    if "trl" in sides and (found := installed("trl")) != TRL_VERSION:
-        message = f"trl {TRL_VERSION} is needed and what is installed is {found}"
-        remedy = "pip install -c constraints.txt 'minippo[bench]', or leave it out: --only ours"
-        raise CannotRun(f"{message}; {remedy}")
-    return sides
-
-
-def installed(package: str) -> str:
-    """The version of an installed package, "none" if it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def benchmark(
@@ -104,22 +77,6 @@ def measure(workload: str, sides: list[str], repeats: int, threads: int) -> dict
     return result
 
 
-class Progress:
-    """Moves a bar on by a turn."""
-
-    def __init__(self, bar, name: str):
-        self.bar, self.name = bar, name
-
-    def __call__(self, turn: str) -> None:
-        self.bar.set_description(f"{self.name}: {turn}", refresh=False)
-        self.bar.update()
-
-
-def save(path: Path, measured: dict) -> None:
-    """Every number, so that tables can be made anew."""
-    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-
-
 def page_text(measured: dict) -> str:
     """The tables of what was measured, as they stand in the page."""
     parts = [tables.machine_line(measured["machine"])]
@@ -128,15 +85,5 @@ def page_text(measured: dict) -> str:
     return "\n\n".join(parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 2 if it was asked for what it cannot do."""
-    try:
-        tyro.cli(benchmark, prog="python -m tests.benchmarks", args=arguments)
-    except CannotRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(benchmark, "python -m tests.benchmarks"))

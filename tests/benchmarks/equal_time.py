@@ -3,9 +3,7 @@
 `python -m tests.benchmarks.equal_time --help`
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +11,8 @@ import tyro
 from tqdm import tqdm
 
 from . import tables
-from .__main__ import CannotRun, Progress, check_sides, installed
-from .measure import OURS, PEER
+from .command import CannotRun, Progress, check_sides, installed, run, save
+from .measure import MODULES, OURS
 from .turns import take_turns
 
 HELP = {
@@ -62,19 +60,14 @@ def measure(seeds: int, seconds: float, held_out: int, threads: int) -> dict:
         turns = take_turns(start, 1, threads, Progress(bar, "judged"), warm_up=0)
         result["before"] = turns["SFT"][0]
         for seed in range(seeds):
-            run = {"seed": seed}
-            order = [("ours", OURS), ("trl", PEER)]
-            for side, module in order if seed % 2 == 0 else order[::-1]:
-                call = {side: (f"{module}:train_for", seconds, seed, held_out)}
+            both = {"seed": seed}
+            order = list(MODULES) if seed % 2 == 0 else list(reversed(MODULES))
+            for side in order:
+                call = {side: (f"{MODULES[side]}:train_for", seconds, seed, held_out)}
                 progress = Progress(bar, f"seed {seed}")
-                run[side] = take_turns(call, 1, threads, progress, warm_up=0)[side][0]
-            result["runs"].append(run)
+                both[side] = take_turns(call, 1, threads, progress, warm_up=0)[side][0]
+            result["runs"].append(both)
     return result
-
-
-def save(path: Path, measured: dict) -> None:
-    """Every number, so that the table can be made anew."""
-    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def page_text(measured: dict) -> str:
@@ -86,15 +79,5 @@ def page_text(measured: dict) -> str:
     return f"{about}{versions}.\n\n{table}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 2 if it was asked for what it cannot do."""
-    try:
-        tyro.cli(equal_time, prog="python -m tests.benchmarks.equal_time", args=arguments)
-    except CannotRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(equal_time, "python -m tests.benchmarks.equal_time"))

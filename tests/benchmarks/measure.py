@@ -8,7 +8,7 @@ from .turns import take_turns
 from .workloads import WORKLOADS, shape_of
 
 OURS, PEER = "tests.benchmarks.ours", "tests.benchmarks.peer"
-NAMES = {"ours": "minippo", "trl": "TRL"}
+MODULES = {"ours": OURS, "trl": PEER}
 RANKINGS, RANKINGS_A_STEP = 96, 8  # four answers each, so six pairs
 CALLS = 200  # of GAE in a turn: one is too short for the clock
 
@@ -54,8 +54,7 @@ def measure_steps(
     returns: gflops, and per side the seconds, response tokens and needed operations of each step,
         and the memory in MB before the first step and at its peak
     """
-    modules = {"ours": OURS, "trl": PEER}
-    calls = {side: (f"{modules[side]}:ppo_steps", workload) for side in sides}
+    calls = {side: (f"{MODULES[side]}:ppo_steps", workload) for side in sides}
     sent = take_turns({**calls, "rate": (f"{OURS}:rate",)}, repeats, threads, on_turn)
     config, shape = WORKLOADS[workload].config(1), Shape(*shape_of(WORKLOADS[workload]))
     result = {"gflops": median(turn["gflops"] for turn in sent.pop("rate"))}

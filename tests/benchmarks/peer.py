@@ -186,8 +186,8 @@ def reward_training(turns: Turns, rankings: int, rankings_a_step: int, count: in
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = RewardConfig(output_dir=folder, **options, **QUIET)
         made = RewardTrainer(
-            model=RewardModel.from_policy(load_policy("sft")).classifier, args=args, train_dataset=dataset,
-            processing_class=tokenizer, callbacks=[callback],
+            model=RewardModel.from_policy(load_policy("sft")).classifier, args=args,
+            train_dataset=dataset, processing_class=tokenizer, callbacks=[callback],
         )  # fmt: skip
         made.remove_callback(PrinterCallback)
         made.train()

@@ -1,7 +1,7 @@
 """From measurements to Markdown, and from there into a page."""
 
 from pathlib import Path
-from statistics import median, mean, stdev
+from statistics import mean, median, stdev
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 NAMES = {"ours": "minippo", "trl": "TRL"}
@@ -16,11 +16,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def machine_line(machine: dict) -> str:
     """What a reader has to know to compare with another machine."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rate = f"{machine['gflops']:.0f} GFLOP/s in large float32 products. " if "gflops" in machine else ""
-    return (
-        f"{versions}. {machine['threads']} threads, {rate}"
-        f"Medians of {machine['repeats']} after a warm-up, in brackets the fastest and slowest."
-    )
+    facts = [f"{versions}, {machine['threads']} threads"]
+    if "gflops" in machine:
+        facts.append(f"{machine['gflops']:.0f} GFLOP/s in large float32 products")
+    facts.append(f"medians of {machine['repeats']} after a warm-up, in brackets the extremes")
+    return "; ".join(facts) + "."
 
 
 def step_summary(measured: dict, side: str) -> dict[str, float]:
@@ -56,8 +56,8 @@ def step_table(steps: dict) -> str:
             ratio = f"{s['seconds'] / all_sides['ours']['seconds']:.2f}" if both else ""
             time = f"{s['seconds']:.2f} ({s['fastest']:.2f} to {s['slowest']:.2f})"
             memory = [f"{s['peak_mb']:,.0f}", f"{s['start_mb']:,.0f}"]
-            floor = [f"{s['floor']:.2f}", f"{s['floor_share']:.0%}"]
-            rows.append([workload, NAMES[side], time, f"{s['tokens']:,.0f}", *memory, *floor, ratio])
+            floor = [f"{s['floor']:.2f}", f"{s['floor_share']:.0%}", ratio]
+            rows.append([workload, NAMES[side], time, f"{s['tokens']:,.0f}", *memory, *floor])
     return table(head, rows)
 
 
