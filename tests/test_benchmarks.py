@@ -256,8 +256,8 @@ def test_a_summary_takes_medians():
 
 def test_the_table_of_steps():
     lines = tables.step_table({"tiny": MEASURED}).splitlines()
-    ours = "| tiny | minippo | 2.00 (1.00 to 4.00) | 50 | 1,500 | 100 | 0.50 | 25% |  |"
-    theirs = "| tiny | TRL | 4.00 (3.00 to 5.00) | 30 | 3,000 | 200 | 1.00 | 25% | 2.00 |"
+    ours = "| tiny | minippo | 2.00 (1.00 to 4.00) | 50.0 | 1,500 | 100 | 0.50 | 25% |  |"
+    theirs = "| tiny | TRL | 4.00 (3.00 to 5.00) | 30.0 | 3,000 | 200 | 1.00 | 25% | 2.00 |"
     assert lines[2:] == [ours, theirs]
     assert len({line.count("|") for line in lines}) == 1
 
@@ -265,15 +265,17 @@ def test_the_table_of_steps():
 def test_a_table_of_one_side_has_no_ratio():
     alone = {"tiny": {key: MEASURED[key] for key in ("gflops", "ours")}}
     assert tables.step_table(alone).splitlines()[2:] == [
-        "| tiny | minippo | 2.00 (1.00 to 4.00) | 50 | 1,500 | 100 | 0.50 | 25% |  |"
+        "| tiny | minippo | 2.00 (1.00 to 4.00) | 50.0 | 1,500 | 100 | 0.50 | 25% |  |"
     ]
     part = {"GAE": {"unit": "calls", "ours": [10.0, 30.0, 20.0]}}
-    assert tables.part_table(part).splitlines()[2:] == ["| GAE | calls | 20 |  |  |"]
+    assert tables.part_table(part).splitlines()[2:] == ["| GAE | calls | 20.0 |  |  |"]
 
 
 def test_the_table_of_parts():
-    part = {"GAE": {"unit": "calls", "ours": [10.0, 30.0, 20.0], "trl": [5.0, 8.0, 9.0]}}
-    assert tables.part_table(part).splitlines()[2:] == ["| GAE | calls | 20 | 8 | 2.50 |"]
+    part = {
+        "GAE": {"unit": "calls", "ours": [1000.0, 3000.0, 2000.0], "trl": [500.0, 800.0, 900.0]}
+    }
+    assert tables.part_table(part).splitlines()[2:] == ["| GAE | calls | 2,000 | 800 | 2.50 |"]
 
 
 def test_the_table_at_equal_time():

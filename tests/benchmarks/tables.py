@@ -57,8 +57,13 @@ def step_table(steps: dict) -> str:
             time = f"{s['seconds']:.2f} ({s['fastest']:.2f} to {s['slowest']:.2f})"
             memory = [f"{s['peak_mb']:,.0f}", f"{s['start_mb']:,.0f}"]
             floor = [f"{s['floor']:.2f}", f"{s['floor_share']:.0%}", ratio]
-            rows.append([workload, NAMES[side], time, f"{s['tokens']:,.0f}", *memory, *floor])
+            rows.append([workload, NAMES[side], time, per_second(s["tokens"]), *memory, *floor])
     return table(head, rows)
+
+
+def per_second(rate: float) -> str:
+    """A rate with a decimal where it is small."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def part_table(parts: dict) -> str:
@@ -66,7 +71,7 @@ def part_table(parts: dict) -> str:
     rows = []
     for part, measured in parts.items():
         rates = {side: median(measured[side]) for side in NAMES if side in measured}
-        cells = [f"{rates[side]:,.0f}" if side in rates else "" for side in NAMES]
+        cells = [per_second(rates[side]) if side in rates else "" for side in NAMES]
         ratio = f"{rates['ours'] / rates['trl']:.2f}" if len(rates) == 2 else ""
         rows.append([part, measured["unit"], *cells, ratio])
     return table(["part", "per second", "minippo", "the other", "minippo / the other"], rows)
