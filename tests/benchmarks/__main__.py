@@ -78,10 +78,12 @@ def measure(workload: str, sides: list[str], repeats: int, threads: int) -> dict
 
 def page_text(measured: dict) -> str:
     """The tables of what was measured, as they stand in the page."""
-    parts = [tables.machine_line(measured["machine"])]
-    parts += [tables.step_table(measured["steps"])] if measured["steps"] else []
-    parts += [tables.part_table(measured["parts"])] if measured["parts"] else []
-    return "\n\n".join(parts)
+    machine, text = measured["machine"], [tables.machine_line(measured["machine"])]
+    if measured["steps"]:
+        text.append(tables.step_table(measured["steps"], machine["gflops"]))
+    if measured["parts"]:
+        text.append(tables.part_table(measured["parts"]))
+    return "\n\n".join(text)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ def machine_line(machine: dict) -> str:
     return "; ".join(facts) + "."
 
 
-def step_summary(measured: dict, side: str) -> dict[str, float]:
+def step_summary(mine: dict, gflops: float) -> dict[str, float]:
     """The medians of one side of a workload, and its floor: its operations at the machine's rate.
 
     floor_share: of each step the share of its time that its own operations take at that rate
     """
-    mine, rate = measured[side], measured["gflops"] * 1e9
-    seconds, floors = mine["seconds"], [flops / rate for flops in mine["flops"]]
+    seconds, floors = mine["seconds"], [flops / gflops / 1e9 for flops in mine["flops"]]
     return {
         "seconds": median(seconds),
         "fastest": min(seconds),
@@ -42,15 +41,15 @@ def step_summary(measured: dict, side: str) -> dict[str, float]:
     }
 
 
-def step_table(steps: dict) -> str:
-    """One row for each workload and side."""
+def step_table(steps: dict, gflops: float) -> str:
+    """One row for each workload and side; the floor is that of a machine of `gflops`."""
     head = ["workload", "", "seconds per step", "response tokens per second"]
     head += ["peak memory, MB", "of it before the first step", "floor, seconds"]
     head += ["share of the floor", "TRL / minippo"]
     rows = []
     for workload, measured in steps.items():
         sides = [side for side in NAMES if side in measured]
-        all_sides = {side: step_summary(measured, side) for side in sides}
+        all_sides = {side: step_summary(measured[side], gflops) for side in sides}
         for side, s in all_sides.items():
             both = side == "trl" and "ours" in all_sides
             ratio = f"{s['seconds'] / all_sides['ours']['seconds']:.2f}" if both else ""
