@@ -4,17 +4,20 @@ Nothing here measures a time. What needs trl is skipped where it is missing.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package tests.benchmarks
 
 from tests.benchmarks import tables
 from tests.benchmarks.__main__ import benchmark, page_text
+from tests.benchmarks.changes import CHANGES
 from tests.benchmarks.command import TRL_VERSION, CannotRun, check_sides, installed, run
 from tests.benchmarks.equal_time import equal_time
 from tests.benchmarks.floor import (
@@ -26,8 +29,17 @@ from tests.benchmarks.floor import (
     value_flops,
 )
 from tests.benchmarks.measure import MODULES, PARTS
+from tests.benchmarks.ours import Trainer
 from tests.benchmarks.turns import Pace, Turns, take_turns
-from tests.benchmarks.workloads import WORKLOADS, Workload, build, lr_factor, pairs_of, shape_of
+from tests.benchmarks.workloads import (
+    WORKLOADS,
+    Workload,
+    build,
+    lr_factor,
+    pairs_of,
+    shape_of,
+    shipped_world,
+)
 
 HAS_TRL = installed("trl") == TRL_VERSION
 needs_trl = pytest.mark.skipif(
@@ -347,3 +359,24 @@ def test_without_trl_the_command_says_what_to_do():
     with pytest.raises(CannotRun, match="trl 1.12.0 is needed.*minippo\\[bench\\].*--only ours"):
         check_sides("ours,trl")
     assert check_sides("ours") == ["ours"]
+
+
+# --- changes taken back -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_taken_back_changes_no_result(change):
+    """Else more than time would be compared: same answers, same metrics up to rounding."""
+    found = []
+    for back in (lambda _: contextlib.nullcontext(), CHANGES[change][1]):
+        world = shipped_world(8)
+        if back is CHANGES["GELU in one kernel"][1]:
+            assert type(world.policy.transformer.h[0].mlp.act).__name__ == "GELUTanh"
+        config = dataclasses.replace(
+            WORKLOADS["natural"].config(1), batch_size=8, minibatch_size=4, micro_batch_size=2
+        )
+        with back(world):
+            found.append(Trainer(world, config).step())
+    (rollout, metrics), (other, others) = found
+    assert torch.equal(rollout.response, other.response)
+    assert others == pytest.approx(metrics, rel=1e-3, abs=1e-4)

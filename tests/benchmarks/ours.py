@@ -52,7 +52,7 @@ class Trainer:
 
 def ppo_steps(turns: Turns, workload: str, count: int) -> None:
     """A turn is one PPO step; sends the (query, response) lengths of its answers."""
-    trainer = Trainer(build(WORKLOADS[workload]), WORKLOADS[workload].config(count))
+    trainer = Trainer(build(WORKLOADS[workload]), WORKLOADS[workload].config(count, ours=True))
     turns.ready()
     for _ in range(count):
         turns.begin()

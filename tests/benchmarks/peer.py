@@ -22,7 +22,16 @@ from minippo.models import RewardModel, frozen_copy, load_policy, load_tokenizer
 
 from .gold import PROMPTS, judged
 from .turns import Pace, Turns
-from .workloads import WORKLOADS, World, build, lr_factor, pairs_of, ranked_answers, shipped_world
+from .workloads import (
+    WORKLOADS,
+    World,
+    build,
+    lr_factor,
+    pairs_of,
+    plain_gelu,
+    ranked_answers,
+    shipped_world,
+)
 
 QUIET = {
     "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no",
@@ -125,7 +134,10 @@ def ppo_steps(turns: Turns, workload: str, count: int) -> None:
     callback = TurnCallback(Pace(turns, 1, count, lambda: {"lengths": lengths.rows}))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         ends = chosen.shape is None
-        made = trainer(build(chosen), chosen.config(count), folder, callback, ends)
+        world = build(chosen)
+        if chosen.shape is not None:
+            plain_gelu(world)  # a GPT-2 as transformers makes it
+        made = trainer(world, chosen.config(count), folder, callback, ends)
         lengths = Lengths(made.reward_model, chosen.response_tokens)
         made.train()
 

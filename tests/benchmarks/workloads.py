@@ -19,12 +19,14 @@ class Workload:
     response_tokens: int  # at most; exactly, where there is no EOS
     shape: tuple[int, int, int, int] | None = None  # n_layer, n_embd, n_head, vocabulary; random
     query_tokens: int | None = None  # of each random prompt
+    micro_batch_size: int = 16  # answers in minippo's models at once: the same gradient
 
-    def config(self, steps: int) -> PPOConfig:
-        """The settings of both sides."""
+    def config(self, steps: int, ours: bool = False) -> PPOConfig:
+        """The settings of both sides; minippo reads a minibatch in micro-batches."""
         half = self.prompts // 2
         return PPOConfig(
-            steps=steps, batch_size=self.prompts, minibatch_size=half, micro_batch_size=half,
+            steps=steps, batch_size=self.prompts, minibatch_size=half,
+            micro_batch_size=self.micro_batch_size if ours else half,
             ppo_epochs=4, lr=LR, value_lr=LR, max_response_tokens=self.response_tokens,
             missing_eos_penalty=1.0 if self.shape is None else 0.0,
         )  # fmt: skip
@@ -44,7 +46,7 @@ WORKLOADS = {
     "gpt2": Workload(
         "random weights in the shape of GPT-2 small, 12 layers, 768 wide, vocabulary 50,257; "
         "8 prompts of 32 tokens, answers of exactly 32",
-        8, 32, (12, 768, 12, 50_257), 32,
+        8, 32, (12, 768, 12, 50_257), 32, 2,
     ),
 }  # fmt: skip
 
@@ -94,6 +96,17 @@ def _random_world(workload: Workload) -> World:
     prompts = torch.randint(0, vocab_size, size, generator=generator).tolist()
     value_model = ValueModel.from_reward_model(reward_model)
     return World(policy, reward_model, value_model, tokenizer, prompts, (0.0, 1.0))
+
+
+def plain_gelu(world: World) -> None:
+    """Gives a world's models the GELU that transformers' GPT-2 has, of eight operations."""
+    from transformers.activations import ACT2FN
+
+    for model in (world.policy, world.reward_model, world.value_model):
+        for module in model.modules():
+            for name, part in module.named_children():
+                if name == "act" and type(part).__name__ == "GELUTanh":
+                    setattr(module, name, ACT2FN["gelu_new"])
 
 
 def bare_tokenizer(vocab_size: int):
