@@ -234,7 +234,7 @@ def _decode(raw: bytes | dict) -> object:
     try:
         return json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise BadPair("not_json", f"{_short(raw.decode(errors='replace'))} ({error})") from None
+        raise BadPair("not_json", f"{_short(raw[:99].decode(errors='replace'))} ({error})") from None
 
 
 def _store(pairs: Iterable[dict]) -> datasets.Dataset:
