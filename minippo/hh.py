@@ -234,7 +234,8 @@ def _decode(raw: bytes | dict) -> object:
     try:
         return json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise BadPair("not_json", f"{_short(raw[:99].decode(errors='replace'))} ({error})") from None
+        beginning = _short(raw[:99].decode(errors="replace"))
+        raise BadPair("not_json", f"{beginning} ({error})") from None
 
 
 def _store(pairs: Iterable[dict]) -> datasets.Dataset:
