@@ -79,7 +79,33 @@ class Lab:
         path = write_lines(self.folder / "few.jsonl", map(good_line, range(FEW)))
         return self.ask("load", "load", path)
 
-    # --- the bounds ---------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Ends the processes, removes the files."""
+        for process in self.processes.values():
+            process.communicate()
+        self.temporary.cleanup()
+
+
+def good_line(number: int) -> bytes:
+    """A row of about a thousand bytes."""
+    question = f"{H} question {number}?{A} "
+    answers = {"chosen": question + "good " * 90, "rejected": question + "evil " * 90}
+    return json.dumps(answers).encode() + b"\n"
+
+
+def write_lines(path: Path, lines: Iterable[bytes], total: int | None = None) -> Path:
+    """A file of these lines, packed if its name says so."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+        file.writelines(tqdm(lines, path.name, total, leave=False, disable=None))
+    return path
+
+
+def growth(few: dict, many: dict) -> float:
+    """MB by which one peak is over another."""
+    return (many["peak"] - few["peak"]) / 1024
+
+
+# --- the bounds ---------------------------------------------------------------------------------
 
 
 def rows(lab: Lab) -> Iterator[Figure]:
@@ -89,7 +115,7 @@ def rows(lab: Lab) -> Iterator[Figure]:
     many = lab.ask("load", "load", path)
     path.unlink()
     name = f"{count:,} rows"
-    yield Figure(f"{name}: peak over that of {FEW:,} rows", lab.growth(many), 32, "MB")
+    yield Figure(f"{name}: peak over that of {FEW:,} rows", growth(lab.few, many), 32, "MB")
     yield Figure(f"{name}: memory to read them all back", many["read_back"] / 1024, 8, "MB")
     yield Figure(f"{name}: missing", count - many["accepted"], 0, "rows")
     yield Figure("files left while the data is in use", len(many["left"]), 0, "files")
@@ -98,9 +124,11 @@ def rows(lab: Lab) -> Iterator[Figure]:
 def bad_rows(lab: Lab) -> Iterator[Figure]:
     """Many refused rows: they are counted, their messages are not kept."""
     count = lab.sizes.bad_rows
+    few = write_lines(lab.folder / "few bad.jsonl", [*repeat(b"{}\n", FEW), good_line(0)])
+    few = lab.ask("load", "load", few)
     path = write_lines(lab.folder / "bad.jsonl", chain(repeat(b"{}\n", count), [good_line(0)]))
     got = lab.ask("load", "load", path)
-    yield Figure(f"{count:,} refused rows: peak", lab.growth(got), 8, "MB")
+    yield Figure(f"{count:,} refused rows: peak over that of {FEW:,}", growth(few, got), 8, "MB")
     uncounted = count - got["refused"]["missing_key"]
     yield Figure(f"{count:,} refused rows: not counted", uncounted, 0, "rows")
 
@@ -110,10 +138,10 @@ def bomb(lab: Lab) -> Iterator[Figure]:
     start, end = good_line(0) + b'{"chosen": "', b'"}\n' + good_line(1)
     blocks = repeat(b"x" * 1_000_000, lab.sizes.bomb // 1000)
     path = write_lines(lab.folder / "bomb.jsonl.gz", chain([start], blocks, [end]))
-    name = f"{path.stat().st_size / 1e6:.1f} MB packed, {lab.sizes.bomb / 1e6:g} GB in one line"
+    name = f"{path.stat().st_size / 1e6:.1f} MB packed, {lab.sizes.bomb / 1e6:g} GB a line"
     skipped, strict = lab.ask("load", "load", path), lab.ask("load", "load", path, "raise")
-    yield Figure(f"{name}: peak, skipping", lab.growth(skipped), 32, "MB")
-    yield Figure(f"{name}: peak, raising", lab.growth(strict), 32, "MB")
+    yield Figure(f"{name}: peak, skipping", growth(lab.few, skipped), 32, "MB")
+    yield Figure(f"{name}: peak, raising", growth(lab.few, strict), 32, "MB")
     yield refused_between_good_ones(name, skipped)
     yield Figure(f"{name}: raises otherwise", strict["error"] != "too_large", 0, "errors")
 
@@ -124,14 +152,14 @@ def long_row(lab: Lab) -> Iterator[Figure]:
     row = json.dumps({"chosen": text, "rejected": text[:-1]}).encode() + b"\n"
     path = write_lines(lab.folder / "long.jsonl", [good_line(0), row, good_line(1)])
     got = lab.ask("load", "load", path)
-    yield Figure("a row of 10 MB: peak", lab.growth(got), 32, "MB")
+    yield Figure("a row of 10 MB: peak", growth(lab.few, got), 32, "MB")
     yield refused_between_good_ones("a row of 10 MB", got)
 
 
 def refused_between_good_ones(name: str, got: dict) -> Figure:
     """Of three rows the one in the middle is too large, the others are read."""
     right = got["accepted"] == 2 and got["refused"] == {**dict.fromkeys(KINDS, 0), "too_large": 1}
-    return Figure(f"{name}: other than too_large, between two rows that are read", not right, 0, "")
+    return Figure(f"{name}: not just too_large, between two that are read", not right, 0, "")
 
 
 def json_list(lab: Lab) -> Iterator[Figure]:
@@ -139,7 +167,7 @@ def json_list(lab: Lab) -> Iterator[Figure]:
     lines = b",".join(map(good_line, range(MAX_JSON_BYTES // 1000 + 1)))
     path = write_lines(lab.folder / "list.json", [b"[", lines, b"]"])
     got, name = lab.ask("load", "load", path), f"a .json of {path.stat().st_size / 1e6:.0f} MB"
-    yield Figure(f"{name}: peak", lab.growth(got), 64, "MB")
+    yield Figure(f"{name}: peak", growth(lab.few, got), 64, "MB")
     clear = "list.json" in got["error"] and "write it as .jsonl" in got["error"]
     yield Figure(f"{name}: not refused with what to do", not clear, 0, "")
 
