@@ -214,13 +214,13 @@ def _parse_rows(rows: Iterable, on_error: str, refused: dict, examples: dict) ->
             row = _decode(raw)
             pair = parse_pair(row)
         except BadPair as fault:
-            where, kind = f"{name}, row {number}", fault.reason
+            where, kind, found = f"{name}, row {number}", fault.reason, fault.found
             if on_error == "raise":
-                found = f"{fault.found}; mend the row, or pass on_error='skip' to leave it out"
+                found += "; mend the row, or pass on_error='skip' to leave it out"
                 raise BadPair(kind, found, where) from None
+            if refused[kind] < 3:
+                examples[kind].append(str(BadPair(kind, found, where)))
             refused[kind] += 1
-            if refused[kind] <= 3:
-                examples[kind].append(str(BadPair(kind, fault.found, where)))
             continue
         given = row.get("id")
         yield {"id": f"{name}:{number}" if given is None else str(given), **pair}
@@ -301,9 +301,8 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
             if file.read(3) != codecs.BOM_UTF8:  # the byte order mark that Windows writes
                 file.seek(0)
             lines = _json_rows(file) if path.suffix == ".json" else _lines_of(file)
-            for number, line in enumerate(lines, 1):
-                if line.decode(errors="replace").strip():
-                    yield name, number, line
+            rows = ((name, number, line) for number, line in enumerate(lines, 1))
+            yield from (row for row in rows if row[2].decode(errors="replace").strip())
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: damaged or not UTF-8? ({error})") from error
 

@@ -61,7 +61,7 @@ def train(steps: int, out: str = "", leak: int = 0) -> dict:
 
     torch.manual_seed(0)
     config = PPOConfig(
-        steps=steps, batch_size=32, minibatch_size=16, micro_batch_size=16, ppo_epochs=1,
+        steps=steps, batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=1,
         max_prompt_tokens=8, max_response_tokens=6, warmup_steps=0, save_every=100,
     )  # fmt: skip
     policy = tiny_gpt2(40, n_layer=1, n_embd=16, n_head=2, n_positions=32)
