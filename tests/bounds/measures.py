@@ -33,6 +33,7 @@ class Sizes:
     mutants: int = 10_000
     steps: int = 300
     warm_up: int = 100  # steps that are not looked at
+    per_step: float = 8  # kB that a step may leave behind; over few steps it is measured coarsely
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def steps(lab: Lab) -> Iterator[Figure]:
     for name, out in (("train_ppo", ""), ("train_ppo in a run", lab.folder / "run")):
         got = lab.ask("train", "train", lab.sizes.steps, out)
         history = f"the history it returns: {got['history'] / lab.sizes.steps:.1f}"
-        yield Figure(f"{name}, a step ({history})", per_step(lab.sizes, got), 8, "kB")
+        yield Figure(f"{name}, a step ({history})", per_step(lab.sizes, got), lab.sizes.per_step, "kB")
 
 
 def per_step(sizes: Sizes, got: dict) -> float:
