@@ -204,7 +204,8 @@ def steps(lab: Lab) -> Iterator[Figure]:
     for name, out in (("train_ppo", ""), ("train_ppo in a run", lab.folder / "run")):
         got = lab.ask("train", "train", lab.sizes.steps, out)
         history = f"the history it returns: {got['history'] / lab.sizes.steps:.1f}"
-        yield Figure(f"{name}, a step ({history})", per_step(lab.sizes, got), lab.sizes.per_step, "kB")
+        each, limit = per_step(lab.sizes, got), lab.sizes.per_step
+        yield Figure(f"{name}, a step ({history})", each, limit, "kB")
 
 
 def per_step(sizes: Sizes, got: dict) -> float:
