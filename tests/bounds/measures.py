@@ -139,7 +139,7 @@ def bomb(lab: Lab) -> Iterator[Figure]:
     start, end = good_line(0) + b'{"chosen": "', b'"}\n' + good_line(1)
     blocks = repeat(b"x" * 1_000_000, lab.sizes.bomb // 1000)
     path = write_lines(lab.folder / "bomb.jsonl.gz", chain([start], blocks, [end]))
-    name = f"{path.stat().st_size / 1e6:.1f} MB packed, {lab.sizes.bomb / 1e6:g} GB a line"
+    name = f"{path.stat().st_size / 1e6:.1f} MB packed, {lab.sizes.bomb / 1e6:g} GB in a line"
     skipped, strict = lab.ask("load", "load", path), lab.ask("load", "load", path, "raise")
     yield Figure(f"{name}: peak, skipping", growth(lab.few, skipped), 32, "MB")
     yield Figure(f"{name}: peak, raising", growth(lab.few, strict), 32, "MB")
@@ -160,7 +160,7 @@ def long_row(lab: Lab) -> Iterator[Figure]:
 def refused_between_good_ones(name: str, got: dict) -> Figure:
     """Of three rows the one in the middle is too large, the others are read."""
     right = got["accepted"] == 2 and got["refused"] == {**dict.fromkeys(KINDS, 0), "too_large": 1}
-    return Figure(f"{name}: not just too_large, between two that are read", not right, 0, "")
+    return Figure(f"{name}: not too_large, or others lost", not right, 0, "")
 
 
 def json_list(lab: Lab) -> Iterator[Figure]:

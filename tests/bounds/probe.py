@@ -102,6 +102,11 @@ def serve(kind: str) -> None:
     if kind == "train":
         import minippo.ppo
         import minippo.run  # noqa: F401
+        from minippo.models import tiny_gpt2
+        from minippo.optim import adamw
+
+        # The first model and the first optimizer import more; no backward, it forbids a fork.
+        adamw({"policy": tiny_gpt2(8, n_layer=1, n_embd=4, n_head=1)}, {"policy": 0.0})
     for line in sys.stdin:
         name, temporary, *arguments = json.loads(line)
         if child := os.fork():
