@@ -18,31 +18,40 @@ its dialogues. Nothing is repaired: a bad row stops the loading, or is left out 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from minippo.config import DATA_DIR
 
 if TYPE_CHECKING:  # imported where it is needed: it takes a second, and parsing does without
     import datasets
+    import pyarrow
 
-# In order of precedence. missing_key: not an object with "chosen" and "rejected"; not_text: a field
-# of the wrong type (those two must be text, a margin a finite number); not_alternating: not Human,
-# Assistant, Human ...; empty_turn: the question or an earlier turn is empty; diverging_history: the
-# dialogues differ before their last answer.
+# In order of precedence. not_json: nor is what is not UTF-8, or too deep or too long a number for
+# Python; too_large: a line over MAX_LINE_BYTES is that whatever is in it, it is not looked at;
+# missing_key: not an object with "chosen" and "rejected"; not_text: a field of the wrong type
+# (those two must be text, a margin a finite number); not_alternating: not Human, Assistant, Human
+# ...; empty_turn: the question or an earlier turn is empty; diverging_history: the dialogues differ
+# before their last answer.
 KINDS = (
     *("not_json", "too_large", "missing_key", "not_text", "leading_text", "no_assistant_turn"),
     *("not_alternating", "ends_with_human", "empty_turn", "empty_answer", "diverging_history"),
     "identical_answers",
 )
 MAX_ROW_CHARS = 1_000_000  # the text of all fields of a row together
+MAX_LINE_BYTES = 4 * MAX_ROW_CHARS  # no more of a line is in memory at once
+MAX_JSON_BYTES = 32_000_000  # of a .json file, which is read whole
+BATCH_CHARS = 4_000_000  # of the pairs that wait until they are written to the disk together
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 SOURCES = (
     f"pass tiny_hh, a file ({', '.join(SUFFIXES)}), a folder of such files, a folder written by "
@@ -114,7 +123,12 @@ def parse_pair(row: dict) -> dict:
     `instruction` is the last human turn, `chosen` and `rejected` are the answers to it, `history`
     is the list of [query, response] before it. A row that is no pair raises BadPair.
     """
-    _check_fields(row)
+    try:
+        _check_fields(row)
+    except BadPair:
+        raise
+    except (ValueError, RecursionError) as error:  # what str says to too long a number, or too deep
+        raise BadPair("not_json", str(error)) from None
     chosen, rejected = _parse_sides(row)
     shared = [*chosen[:-1], len(chosen)], [*rejected[:-1], len(rejected)]
     for a, b in zip(*shared, strict=False):  # the first difference ends it
@@ -177,55 +191,90 @@ def load_preferences(
     Columns: id, instruction, chosen, rejected (text), history (list of [query, response]), margin
     (float64) only if some row has one, None in the rows without. A row without an id gets
     "file:row number"; that number is the line, from 1, and a line of white space holds no row.
-    The Dataset is built in memory from what was read just now: there is no cache that could hand
-    back the rows of a file as they were before it was edited, and no file is written.
+    Memory stays flat: a file but a .json one is read line by line, and the rows go to a temporary
+    Arrow file that the Dataset maps. That file has no name any more: it is gone with the Dataset,
+    and there is no cache that could hand back the rows of a file as they were before it was edited.
     """
     if on_error not in ("raise", "skip") or (limit is not None and limit < 1):
         raise ValueError(f"{on_error=}, {limit=}: pass raise or skip, and a limit of at least 1")
-    rows, messages = [], {kind: [] for kind in KINDS}
-    for name, number, raw in _read_source(source, split):
+    refused, examples = dict.fromkeys(KINDS, 0), {kind: [] for kind in KINDS}
+    pairs = _parse_rows(_read_source(source, split), on_error, refused, examples)
+    dataset = _store(islice(pairs, limit))
+    examples = {kind: messages for kind, messages in examples.items() if messages}
+    report = LoadReport(str(source), len(dataset), refused, examples)
+    if not len(dataset):
+        message = "no usable preference pair is left; mend the rows (minippo.hh says how) in"
+        raise ValueError(f"{message}\n{report}")
+    return dataset, report
+
+
+def _parse_rows(rows: Iterable, on_error: str, refused: dict, examples: dict) -> Iterator[dict]:
+    for name, number, raw in rows:
         try:
             row = _decode(raw)
             pair = parse_pair(row)
         except BadPair as fault:
-            located = BadPair(fault.reason, fault.found, f"{name}, row {number}")
+            where, kind, found = f"{name}, row {number}", fault.reason, fault.found
             if on_error == "raise":
-                found = f"{fault.found}; mend the row, or pass on_error='skip' to leave it out"
-                raise BadPair(fault.reason, found, f"{name}, row {number}") from None
-            messages[fault.reason].append(str(located))
+                found += "; mend the row, or pass on_error='skip' to leave it out"
+                raise BadPair(kind, found, where) from None
+            if refused[kind] < 3:
+                examples[kind].append(str(BadPair(kind, found, where)))
+            refused[kind] += 1
             continue
         given = row.get("id")
-        rows.append({"id": f"{name}:{number}" if given is None else str(given), **pair})
-        if len(rows) == limit:
-            break
-    refused = {kind: len(found) for kind, found in messages.items()}
-    examples = {kind: found[:3] for kind, found in messages.items() if found}
-    report = LoadReport(str(source), len(rows), refused, examples)
-    if not rows:
-        message = "no usable preference pair is left; mend the rows (minippo.hh says how) in"
-        raise ValueError(f"{message}\n{report}")
-    return _build_dataset(rows), report
+        yield {"id": f"{name}:{number}" if given is None else str(given), **pair}
 
 
-def _decode(raw: object) -> object:
+def _decode(raw: bytes | dict) -> object:
+    if isinstance(raw, dict):
+        return raw
+    if len(raw) > MAX_LINE_BYTES:
+        raise BadPair("too_large", f"a line of more than {MAX_LINE_BYTES} bytes")
     try:
-        return json.loads(raw) if isinstance(raw, str) else raw
+        return json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise BadPair("not_json", f"{_short(raw)} ({error})") from None
+        beginning = _short(raw[:99].decode(errors="replace"))
+        raise BadPair("not_json", f"{beginning} ({error})") from None
 
 
-def _build_dataset(rows: list[dict]) -> datasets.Dataset:
+def _store(pairs: Iterable[dict]) -> datasets.Dataset:
     import datasets
+    import pyarrow as pa
 
     text = datasets.Value("string")
     columns = dict(id=text, instruction=text, chosen=text, rejected=text, history=[[text]])
-    if any("margin" in row for row in rows):
-        columns["margin"] = datasets.Value("float64")
-    table = {name: [row.get(name) for row in rows] for name in columns}
-    return datasets.Dataset.from_dict(table, features=datasets.Features(columns))
+    schema = datasets.Features(columns | {"margin": datasets.Value("float64")}).arrow_schema
+    # A mapped file is there until it is unmapped, only its name goes; on Windows the file stays.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = str(Path(folder, "pairs.arrow"))
+        try:
+            _write_batches(pa.OSFile(path, "wb"), pairs, schema)
+        except OSError as error:
+            message = f"the pairs do not fit into {folder} ({error}); free some of that disk"
+            raise ValueError(f"{message}, or set TMPDIR to a folder on another") from error
+        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+    if table["margin"].null_count == len(table):
+        table = table.drop_columns("margin")
+    # With no fingerprint given, datasets reads the whole table to make one.
+    return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
 
 
-def _read_source(source: str | Path, split: str | None) -> Iterator[tuple[str, int, object]]:
+def _write_batches(file: pyarrow.NativeFile, pairs: Iterable[dict], schema: pyarrow.Schema) -> None:
+    import pyarrow as pa
+
+    with file, pa.ipc.new_stream(file, schema) as writer:
+        batch, size = [], 0
+        for pair in pairs:
+            batch.append(pair)
+            size += len(str(pair))
+            if size > BATCH_CHARS:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, size = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+
+
+def _read_source(source: str | Path, split: str | None) -> Iterator[tuple[str, int, bytes | dict]]:
     """(name of the file or data set, row number from 1, line or row) for every row of a source."""
     name, path = str(source), Path(source).expanduser()
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
@@ -245,22 +294,34 @@ def _read_source(source: str | Path, split: str | None) -> Iterator[tuple[str, i
         raise ValueError(f"{name!r} {what}; {SOURCES}")
 
 
-def _read_file(path: Path, name: str) -> Iterator[tuple[str, int, str]]:
+def _read_file(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
     try:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
-            lines = enumerate(_lines_of(file, path.suffix), 1)
-            yield from ((name, number, line) for number, line in lines if line.strip())
+        with opener(path, "rb") as file:
+            if file.read(3) != codecs.BOM_UTF8:  # the byte order mark that Windows writes
+                file.seek(0)
+            lines = _json_rows(file) if path.suffix == ".json" else _lines_of(file)
+            rows = ((name, number, line) for number, line in enumerate(lines, 1))
+            yield from (row for row in rows if row[2].decode(errors="replace").strip())
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: damaged or not UTF-8? ({error})") from error
 
 
-def _lines_of(file: Iterable[str], suffix: str) -> Iterable[str]:
-    if suffix != ".json":
-        return file
-    text = "".join(file)
-    is_list = text.lstrip().startswith("[")
-    return map(json.dumps, json.loads(text)) if is_list else text.split("\n")
+def _lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):  # what is left of a line that is too long
+            line = file.readline(MAX_LINE_BYTES)
+
+
+def _json_rows(file: IO[bytes]) -> Iterable[bytes]:
+    content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        limit = f"a .json file may have {MAX_JSON_BYTES} bytes"
+        raise ValueError(f"{limit}; write it as .jsonl, one row a line: that has no limit")
+    if not content.lstrip().startswith(b"["):
+        return content.split(b"\n")
+    return (json.dumps(row).encode() for row in json.loads(content.decode()))
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
