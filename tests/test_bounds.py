@@ -15,7 +15,7 @@ from bounds.measures import BOUNDS, Lab, Sizes, growth, per_step
 from minippo import hh
 
 SMALL = Sizes(
-    rows=12_000, bad_rows=50_000, bomb=50_000, mutants=300, steps=30, warm_up=10, per_step=24
+    rows=10_000, bad_rows=50_000, bomb=50_000, mutants=250, steps=30, warm_up=10, per_step=24
 )
 PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc has the figures")
 
