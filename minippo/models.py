@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,13 @@ from minippo.checkpoints import (
     tensor_shapes,
 )
 from minippo.config import DATA_DIR
+from minippo.devices import (
+    at_least_float32,
+    autocast,
+    to_device,
+    unasked_mask,
+    uncompiled,
+)
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
@@ -42,16 +49,6 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def autocast(device: torch.device):
-    """bfloat16 autocast on CUDA, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, anything else as it is: formulas are not for bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **options):
     """One pass over padded sequences with the positions of the contract; on CUDA in bfloat16.
 
@@ -60,13 +57,21 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
         changes nothing, since attention is causal, and without a mask it is fastest
     """
     if attention_mask is not None:
-        places = position_ids(attention_mask)[:, -tokens.shape[1] :]
-        options |= {"attention_mask": attention_mask, "position_ids": places}
-    with autocast(tokens.device):
+        options["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
+    seen = unasked_mask(model, attention_mask, tokens)
+    if seen is None:  # GPT-2 would warn of padding; there is none that a real token could see
+        getattr(model, "base_model", model).warn_if_padding_and_no_attention_mask = _say_nothing
+    else:
+        options["attention_mask"] = seen
+    with autocast(tokens.device), uncompiled() if use_cache else nullcontext():
         return model(input_ids=tokens, use_cache=use_cache, **options)
 
 
-def token_logits(model, tokens: Tensor, attention_mask: Tensor, kept: int = 0) -> Tensor:
+def _say_nothing(*arguments) -> None:
+    return None
+
+
+def token_logits(model, tokens: Tensor, attention_mask: Tensor | None, kept: int = 0) -> Tensor:
     """Logits (B, T, V), or (B, kept, V) of the last positions: no others are computed."""
     output = forward_pass(model, tokens, attention_mask, logits_to_keep=kept)
     return at_least_float32(output.logits)
@@ -242,6 +247,11 @@ class Packed:
     targets: Tensor  # (N,) the tokens that count, row by row
     slots: Tensor  # (N,) where each of them stands in the B * R of a flat response
     shape: tuple[int, int]  # (B, R)
+
+    def to(self, device) -> "Packed":
+        """The same on a device."""
+        tensors = (self.tokens, self.places, self.targets, self.slots)
+        return Packed(*to_device(tensors, device), self.shape)
 
     def spread(self, x: Tensor) -> Tensor:
         """(N,) -> (B, R), 0 where masked."""

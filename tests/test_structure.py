@@ -39,7 +39,7 @@ LADDER = {
     "settings": ["config"],
     "formulas": ["masking", "logprobs", "kl", "rewards", "advantages", "losses"],
     "data": ["hh", "preferences", "batching"],
-    "the machine": ["checkpoints"],
+    "the machine": ["distributed", "devices", "checkpoints"],
     "models": ["models"],
     "acting": ["generation", "rollout"],
     "learning": ["optim", "pretrain", "sft", "reward_model", "value_model", "ppo"],
