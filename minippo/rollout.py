@@ -47,6 +47,12 @@ class Samples:
         """Indices of the rows in pieces of `size`, similar lengths together: least padding."""
         return pieces(self.lengths[:, 0].argsort(stable=True), size)
 
+    def parts(self, size: int) -> tuple[list["Samples"], Tensor]:
+        """Pieces of `size` rows of similar length, and the indices (B,) that undo their order."""
+        places = self.by_length(size)
+        (back,) = to_device([torch.cat(places).argsort()], self.tokens.device)
+        return [self.rows(indices) for indices in places], back
+
     @cached_property
     def packed(self) -> Packed:
         """The rows as the models read them."""
@@ -107,9 +113,7 @@ def collect_rollout(
     samples = _sample(policy, prompts, tokenizer, config, seed, step, rows)
     mask = samples.mask
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
-    places = samples.by_length(config.micro_batch_size)
-    (back,) = to_device([torch.cat(places).argsort()], mask.device)  # to the order of the prompts
-    parts = [samples.rows(indices) for indices in places]
+    parts, back = samples.parts(config.micro_batch_size)
     views = [_model_views(policy, ref_policy, value_model, config, part) for part in parts]
     views = [torch.cat(view)[back] for view in zip(*views, strict=True)]
     _, _, values, kl, _ = views

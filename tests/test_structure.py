@@ -27,7 +27,7 @@ BUDGETS = {
     # flat: lines and files of limited size, pairs that go to the disk in batches and are mapped;
     # 54 take the padding out of what the models read. What a lesson need not know, the rung
     # "the machine", is not counted: processes, devices, what is looked at in a stranger's files.
-    "code lines, settings to learning": 1459,
+    "code lines, settings to learning": 1520,
     "lines of a function": 30,  # from def to its end, the docstring not counted
     "lines of a formula's body": 10,  # comments and blank lines not counted
     "nesting in a function": 3,
