@@ -1,0 +1,236 @@
+"""A check: cases worked on paper, drawn inputs, and the mistakes it knows by name.
+
+A check calls a function on trials, in this order: the worked cases, the smallest first; drawn
+inputs, compared with minippo's own function; the same with NaN where the mask is False; the same
+with a gradient; and one in float64. The first trial that shows something else is reported. If the
+function shows on *all* trials what a known mistake shows, the mistake is named.
+"""
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minippo.checks import saving, saying
+from minippo.checks.observing import (
+    Observation,
+    Trial,
+    as_float64,
+    as_tensor,
+    named_outputs,
+    observe,
+    same_sight,
+)
+from minippo.checks.source import borrows, is_stub
+
+KINDS = ("worked", "drawn", "masked", "gradient", "float64")
+PLAIN = KINDS[:2]  # a function that is wrong here is judged by these alone
+DRAWS = 4
+GRADE_VARIABLE = "MINIPPO_GRADE"  # a file that the verdicts go to: set by `minippo grade`
+RESULTS: dict[str, str] = {}  # name of a function -> its last status in this process
+
+
+class CheckFailed(AssertionError):
+    """A function is not right, or not written; the text says what is known about it."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the text, without the frames of the check."""
+        return [f"CheckFailed: {self}"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input with the answer that paper gives; lists stand for tensors."""
+
+    arguments: dict[str, object]  # in the order of the signature; optional ones may be left out
+    expected: object  # numbers and lists; a tuple or dict as the function gives; an exception
+    gradient: dict[str, list] = field(default_factory=dict)  # of the sum of the first output
+    rtol: float = 1e-4
+    atol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A misconception: how it is named, and the function of somebody who has it."""
+
+    sentence: str  # goes on after "It looks like"
+    wrong: Callable
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found."""
+
+    status: str  # solved, wrong or unwritten
+    sentence: str  # in one line
+    text: str = ""  # the whole message of a wrong one
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """The check of one function; call it with yours: `gae = check_gae(gae)`.
+
+    Hands back your function if it is right, and saves its source to my_minippo.py. Hands back
+    minippo's own if yours is not written yet; with fallback=False that is an error too.
+    Raises CheckFailed if it is wrong.
+    """
+
+    name: str
+    module: str  # where minippo's own one is, without `minippo.`
+    cases: tuple[Case, ...]
+    mistakes: tuple[Mistake, ...]
+    draw: Callable[[torch.Generator], dict[str, object]] | None = None
+    outputs: tuple[str, ...] = ("result",)
+    spoil: Callable[[dict], dict] | None = None  # writes NaN where the mask is False
+    differentiable: tuple[str, ...] = ()  # arguments that a gradient must reach
+
+    def __call__(self, fn: Callable, fallback: bool = True) -> Callable:
+        verdict = self.judge(fn)
+        RESULTS[self.name] = verdict.status
+        if graded := os.environ.get(GRADE_VARIABLE):
+            record(Path(graded), self.name, verdict)
+        if verdict.status == "solved":
+            print(f"{verdict.sentence} {saving.save(self.name, fn)}".strip())
+            return fn
+        # A grader has the verdict; later exercises shall not suffer from this one.
+        if graded or (verdict.status == "unwritten" and fallback):
+            print(verdict.sentence)
+            return self.reference
+        raise CheckFailed(verdict.text or verdict.sentence) from None
+
+    def __repr__(self) -> str:
+        return f"<check of {self.name}: {len(self.mistakes)} known mistakes>"
+
+    @functools.cached_property
+    def reference(self) -> Callable:
+        """minippo's own function."""
+        return getattr(importlib.import_module(f"minippo.{self.module}"), self.name)
+
+    @functools.cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials, those first that are reported first."""
+        worked = sorted((self._worked(case) for case in self.cases), key=_size)
+        generator = torch.Generator().manual_seed(0)
+        draws = [self.draw(generator) for _ in range(DRAWS if self.draw else 0)]
+        drawn = [self._against_own("drawn", arguments) for arguments in draws]
+        plain = [*worked, *drawn]
+        spoilt = [self._spoilt(trial) for trial in plain if self.spoil]
+        gradient = [self._with_gradient(case) for case in self.cases if case.gradient]
+        grad = self.differentiable
+        gradient += [self._against_own("gradient", args, grad) for args in draws if grad]
+        return (*plain, *spoilt, *gradient, *(_doubled(trial) for trial in worked[-1:]))
+
+    def judge(self, fn: Callable) -> Verdict:
+        """What is to be said about a function; nothing is printed, saved or raised."""
+        if not callable(fn):
+            return self._wrong(f"pass the function itself, check_{self.name}({self.name})")
+        if fn is self.reference or is_stub(fn, self._observe(fn, self.trials[0])):
+            return Verdict("unwritten", f"{self.name} is not written yet: minippo's own is used.")
+        if fault := saying.wrong_signature(fn, self.reference):
+            return self._wrong(fault)
+        if borrows(fn, self.name, self.reference):
+            return self._wrong(f"it calls minippo's own {self.name}; write it yourself")
+        seen = [self._observe(fn, trial) for trial in self.trials]
+        pairs = list(zip(self.trials, seen, strict=True))
+        failing = [(trial, sight) for trial, sight in pairs if saying.differences(trial, sight)]
+        if not failing:
+            return Verdict("solved", f"{self.name} is right.")
+        mistake = self.recognise(seen)
+        sentence = f"It looks like {mistake.sentence}." if mistake else saying.fault(fn, pairs)
+        return self._wrong(sentence, saying.details(*failing[0]))
+
+    def recognise(self, seen: list[Observation]) -> Mistake | None:
+        """The known mistake that shows the same as a function, if there is one.
+
+        A function that is wrong on plain input is compared on plain input: how it treats NaN or
+        float64 is then another matter.
+        """
+        number = range(len(self.trials))
+        plain = [n for n in number if self.trials[n].kind in PLAIN]
+        if all(self._agrees(seen, n, self.trials[n].expected) for n in plain):
+            plain = list(number)
+        for mistake in self.mistakes:
+            wrong = (self._observe(mistake.wrong, self.trials[n]) for n in plain)
+            if all(self._agrees(seen, n, sight) for n, sight in zip(plain, wrong, strict=True)):
+                return mistake
+        return None
+
+    def _agrees(self, seen: list[Observation], n: int, sight: Observation) -> bool:
+        return same_sight(seen[n], sight, self.trials[n])
+
+    def _observe(self, fn: Callable, trial: Trial) -> Observation:
+        return observe(fn, trial.arguments, self.outputs, trial.differentiable)
+
+    def _wrong(self, sentence: str, details: str = "") -> Verdict:
+        text = f"{self.name} is not right yet. {sentence[0].upper()}{sentence[1:]}"
+        return Verdict("wrong", sentence, f"{text}\n\n{details}" if details else text)
+
+    def _against_own(self, kind: str, arguments: dict, differentiable=()) -> Trial:
+        expected = observe(self.reference, arguments, self.outputs, differentiable)
+        return Trial(kind, arguments, expected, differentiable)
+
+    def _worked(self, case: Case) -> Trial:
+        """The types are those of minippo's own function, the numbers those of the case."""
+        arguments = {name: as_tensor(value) for name, value in case.arguments.items()}
+        if isinstance(case.expected, Exception):
+            return Trial("worked", arguments, Observation(raised=case.expected))
+        own = observe(self.reference, arguments, self.outputs).outputs
+        by_hand = named_outputs(case.expected, self.outputs)
+        outputs = {name: _typed(value, own[name]) for name, value in by_hand.items()}
+        return Trial("worked", arguments, Observation(outputs), (), case.rtol, case.atol)
+
+    def _with_gradient(self, case: Case) -> Trial:
+        trial = self._worked(case)
+        gradient = {name: torch.tensor(value) for name, value in case.gradient.items()}
+        seen = replace(trial.expected, gradient=gradient)
+        return replace(trial, kind="gradient", expected=seen, differentiable=tuple(gradient))
+
+    def _spoilt(self, trial: Trial) -> Trial:
+        spoilt = self.spoil(trial.arguments)
+        own = observe(self.reference, spoilt, self.outputs, self.differentiable)
+        seen = replace(trial.expected, gradient=own.gradient)
+        return Trial("masked", spoilt, seen, self.differentiable, trial.rtol, trial.atol)
+
+
+def spoil_masked(*names: str, mask: str = "mask") -> Callable[[dict], dict]:
+    """Writes NaN into the named arguments where the mask is False."""
+
+    def spoil(arguments: dict) -> dict:
+        hidden = ~arguments[mask]
+        spoilt = {name: arguments[name].masked_fill(hidden, torch.nan) for name in names}
+        return arguments | spoilt
+
+    return spoil
+
+
+def record(path: Path, name: str, verdict: Verdict) -> None:
+    """Appends a verdict to the file of a grader."""
+    line = {"exercise": name, "result": verdict.status, "sentence": verdict.sentence}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _typed(by_hand: object, own: object) -> object:
+    return torch.tensor(by_hand, dtype=own.dtype) if isinstance(own, Tensor) else by_hand
+
+
+def _size(trial: Trial) -> int:
+    values = trial.arguments.values()
+    return sum(v.numel() if isinstance(v, Tensor) else len(str(v)) for v in values)
+
+
+def _doubled(trial: Trial) -> Trial:
+    arguments = {name: as_float64(value) for name, value in trial.arguments.items()}
+    outputs = {name: as_float64(value) for name, value in trial.expected.outputs.items()}
+    return replace(
+        trial,
+        kind="float64",
+        arguments=arguments,
+        expected=replace(trial.expected, outputs=outputs),
+    )
