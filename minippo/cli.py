@@ -210,6 +210,24 @@ def data(
     write_data(out, checkpoints)
 
 
+def grade(
+    notebook: Annotated[Path, tyro.conf.Positional],
+    json: Annotated[Path | None, tyro.conf.arg(help="write the verdicts to this file too")] = None,
+    timeout: Annotated[int, tyro.conf.arg(help="seconds for one cell")] = 120,
+) -> None:
+    """Run a notebook with exercises anew and say which are solved.
+
+    The file is read only. Exit status 0 if all are solved, 1 if not, 2 if it is no notebook.
+    """
+    from minippo.checks import grading
+
+    verdicts = grading.grade(notebook, timeout)
+    print(grading.table(verdicts))
+    if json is not None:
+        grading.write_json(json, notebook, verdicts)
+    sys.exit(0 if grading.all_solved(verdicts) else 1)
+
+
 COMMANDS = {
     "demo": demo,
     "data": data,
@@ -221,6 +239,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "chat": chat,
     "report": report,
+    "grade": grade,
     "doctor": doctor,
 }
 

@@ -28,6 +28,7 @@ CONFIGS = {
     "report": [],
     "chat": [],
     "data": [],
+    "grade": [],
     "doctor": [],
 }
 

@@ -48,8 +48,9 @@ def observe(
     for name in differentiable:
         given[name].requires_grad_()
     try:
-        found = named_outputs(fn(*given.values()), outputs)
-        gradient = _gradient(found, {name: given[name] for name in differentiable})
+        with torch.enable_grad():
+            found = named_outputs(fn(*given.values()), outputs)
+            gradient = _gradient(found, {name: given[name] for name in differentiable})
     except Exception as error:  # whatever a student's code raises is what there is to report
         return Observation(raised=error)
     changed = [name for name in given if not same(given[name], arguments[name], 0, 0)]

@@ -49,7 +49,7 @@ def mine(name: str) -> Callable:
     """
     if name not in CHECKS:
         raise ValueError(f"there is no check of {name!r}; there is one of {', '.join(CHECKS)}")
-    fn, doubt = _verified(name, saving.sections())
+    fn, doubt = verified(name, saving.sections())
     if doubt:
         print(f"{name}: minippo's own is used. {doubt}")
     return fn or CHECKS[name].reference
@@ -60,7 +60,7 @@ def whose() -> None:
     saved = saving.sections()
     width = max(map(len, CHECKS))
     for name in CHECKS:
-        fn, doubt = _verified(name, saved)
+        fn, doubt = verified(name, saved)
         print(f"{name:<{width}}  {'yours' if fn else 'minippo'}  {doubt}".rstrip())
 
 
@@ -73,7 +73,7 @@ def scored() -> None:
             print(f"  {name}: {'not written yet' if status == 'unwritten' else 'not right yet'}")
 
 
-def _verified(name: str, saved: dict[str, str]) -> tuple[Callable | None, str]:
+def verified(name: str, saved: dict[str, str]) -> tuple[Callable | None, str]:
     """The student's function if it is there and right, and what is to be said if it is not."""
     if name not in saved:
         return None, ""

@@ -60,19 +60,24 @@ def fault(fn: Callable, pairs: Pairs) -> str:
 
 def details(trial: Trial, seen: Observation) -> str:
     """The input, what is expected and what came out; only the outputs that are wrong."""
-    lines = [f"  with  {name} = {show(value)}" for name, value in trial.arguments.items()]
+    given = [f"{name} = {show(value)}" for name, value in trial.arguments.items()]
+    lines = [("with" if not n else "", text) for n, text in enumerate(given)]
     if trial.expected.raised is not None or seen.raised is not None:
-        wanted, got = _outcome(trial.expected), _outcome(seen)
-        return "\n".join([*lines, f"  expected {wanted}", f"  got      {got}"])
+        lines += [("expected", _outcome(trial.expected)), ("got", _outcome(seen))]
     for name in differences(trial, seen):
         of = name.removeprefix("gradient ")
         both = [x.gradient if name != of else x.outputs for x in (trial.expected, seen)]
         what = name if name == of else f"gradient with respect to {of}"
-        texts = [show(x[of], 4) if of in x else "nothing" for x in both]
-        if texts[0] == texts[1]:  # they differ further behind the point
-            texts = [show(x[of], 9) if of in x else "nothing" for x in both]
-        lines += [f"  expected {what} = {texts[0]}", f"  got      {what} = {texts[1]}"]
-    return "\n".join(lines)
+        if all(of in found for found in both):
+            texts = _told_apart(*(found[of] for found in both))
+            lines += zip(("expected", "got"), (f"{what} = {text}" for text in texts), strict=True)
+    return "\n".join(f"  {word:<8}  {text}" for word, text in lines)
+
+
+def _told_apart(wanted: object, got: object) -> list[str]:
+    """Both values, with more digits if they look the same with few."""
+    texts = [show(value) for value in (wanted, got)]
+    return texts if texts[0] != texts[1] else [show(value, 9) for value in (wanted, got)]
 
 
 def show(value: object, digits: int = 4) -> str:
@@ -82,7 +87,10 @@ def show(value: object, digits: int = 4) -> str:
         return show(value.tolist(), digits) + kind.replace("torch.", "")
     if isinstance(value, list):
         return f"[{', '.join(show(item, digits) for item in value)}]"
-    return f"{value:.{digits}g}" if isinstance(value, float) else repr(value)
+    if not isinstance(value, float):
+        return repr(value)
+    text = f"{value:.{digits}g}"
+    return text if set(text) & set(".en") else f"{text}.0"
 
 
 def differences(trial: Trial, seen: Observation) -> list[str]:
@@ -130,8 +138,8 @@ def _error(fn: Callable, trial: Trial, seen: Observation) -> str:
 def _change(trial: Trial, seen: Observation) -> str:
     if not seen.mutated:
         return ""
-    names = " and ".join(seen.mutated)
-    return f"it changes its argument {names} in place; make a new tensor instead"
+    names = "` and `".join(seen.mutated)
+    return f"it changes its argument `{names}` in place; make a new tensor instead"
 
 
 def _form(trial: Trial, seen: Observation) -> str:
@@ -142,15 +150,16 @@ def _form(trial: Trial, seen: Observation) -> str:
         return f"it has to return {named[0]}; yours returns {named[1] or 'nothing'}"
     for name, value in expected.items():
         if got[name] is None:
-            return f"{name} is None: is a return missing"
+            return f"`{name}` is None: is a return missing"
         if isinstance(value, Tensor) != isinstance(got[name], Tensor):
             kinds = [type(x).__name__ for x in (value, got[name])]
-            return f"{name} has to be a {kinds[0]}, yours is a {kinds[1]}"
+            return f"`{name}` has to be a {kinds[0]}, yours is a {kinds[1]}"
         for what in ("shape", "dtype") if isinstance(value, Tensor) else ():
             wanted, has = getattr(value, what), getattr(got[name], what)
             if wanted != has:
-                wanted, has = (str(x).removeprefix("torch.") for x in (wanted, has))
-                return f"{name} has {what} {has}, it has to be {wanted}".replace("Size", "")
+                wanted, has = (str(tuple(x) if what == "shape" else x) for x in (wanted, has))
+                text = f"`{name}` has {what} {has}, it has to be {wanted}"
+                return text.replace("torch.", "")
     return ""
 
 
@@ -158,9 +167,10 @@ def _gradient(trial: Trial, seen: Observation) -> str:
     wanted = trial.expected.gradient
     missing = [n for n, g in seen.gradient.items() if g is None and wanted[n] is not None]
     if missing:
-        return f"no gradient reaches {', '.join(missing)}: something detaches it on the way"
+        return f"no gradient reaches `{'`, `'.join(missing)}`: something detaches it on the way"
     if extra := [name for name in seen.attached if name not in trial.expected.attached]:
-        return f"{', '.join(extra)} still carries a gradient; what is only looked at is detached"
+        names = "`, `".join(extra)
+        return f"`{names}` still carries a gradient; what is only looked at is detached"
     return ""
 
 
@@ -175,13 +185,23 @@ def _pattern(pairs: Pairs) -> str:
     for argument in pairs[0][0].arguments:
         given = [t.arguments.get(argument) for t, _ in pairs]
         if all(same(x, g, 0, 0) for x, g in zip(given, got, strict=True)):
-            return f"it hands back its argument {argument} as it is"
+            return f"it hands back its argument `{argument}` as it is"
     values = torch.cat([g.flatten() for g in got])
     if len(pairs) > 1 and values.numel() > 1 and bool((values == values[0]).all()):
-        return f"{name} is {values[0]:.4g} whatever the input is"
-    if all(same(-w, g, 1e-4, 1e-6) for w, g in zip(wanted, got, strict=True)):
-        return f"{name} has the wrong sign, everywhere"
-    return ""
+        return f"`{name}` is {show(values[0].item())} whatever the input is"
+    return _factor(name, torch.cat([w.flatten() for w in wanted]), values)
+
+
+def _factor(name: str, wanted: Tensor, got: Tensor) -> str:
+    """Whether the numbers are right but for a factor."""
+    if wanted.shape != got.shape or not bool(wanted.any()):
+        return ""
+    place = wanted.nan_to_num().abs().argmax()
+    factor = got[place] / wanted[place]
+    if not same(wanted * factor, got, 1e-4, 1e-6):
+        return ""
+    times = f"{show(factor.item())} times what it has to be"
+    return f"`{name}` {'has the wrong sign' if factor == -1 else f'is {times}'}, everywhere"
 
 
 def _numbers(trial: Trial, seen: Observation) -> str:
@@ -190,5 +210,5 @@ def _numbers(trial: Trial, seen: Observation) -> str:
     wanted = trial.expected.outputs.get(name, trial.expected.gradient.get(name))
     is_float = isinstance(got, Tensor) and got.is_floating_point()
     if is_float and bool((got.isnan() & ~wanted.isnan()).any()):
-        return NAN_THROUGH if trial.kind == "masked" else f"{name} has NaN where a number belongs"
-    return f"{name} is not what it has to be"
+        return NAN_THROUGH if trial.kind == "masked" else f"`{name}` has NaN where a number belongs"
+    return f"`{name}` is not what it has to be"
