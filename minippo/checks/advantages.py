@@ -142,6 +142,21 @@ check_gae = Check(
                 lam=0.5,
             ),
             ([[2.0, 0.0, 1.0]], [[2.5, 0.0, 2.0]]),
+            edge=True,
+        ),
+        Case(  # two holes, and a row that ends in one; gamma lambda is 1/4
+            dict(
+                rewards=[[1.0, 8.0, 0.0, 8.0, 4.0], [2.0, 8.0, 1.0, 8.0, 8.0]],
+                values=[[0.0, 8.0, 2.0, 8.0, 2.0], [1.0, 8.0, 1.0, 8.0, 8.0]],
+                mask=[[T, F, T, F, T], [T, F, T, F, F]],
+                gamma=0.5,
+                lam=0.5,
+            ),
+            (  # TD errors 1 + 1 - 0, 0 + 1 - 2 and 4 - 2; 2 + 0.5 - 1 and 1 - 1
+                [[1.875, 0.0, -0.5, 0.0, 2.0], [1.5, 0.0, 0.0, 0.0, 0.0]],
+                [[1.875, 0.0, 1.5, 0.0, 4.0], [2.5, 0.0, 1.0, 0.0, 0.0]],
+            ),
+            edge=True,
         ),
         Case(  # rows do not touch each other
             dict(
@@ -157,7 +172,7 @@ check_gae = Check(
     draw=lambda g: dict(
         rewards=normal(g, 2, 5),
         values=normal(g, 2, 5),
-        mask=mask_of(g, 2, 5, holes=True),
+        mask=mask_of(g, 2, 5),
         gamma=0.9,
         lam=0.8,
     ),

@@ -1,9 +1,14 @@
 """A check: cases worked on paper, drawn inputs, and the mistakes it knows by name.
 
 A check calls a function on trials, in this order: the worked cases, the smallest first; drawn
-inputs, compared with minippo's own function; the same with NaN where the mask is False; the same
-with a gradient; and one in float64. The first trial that shows something else is reported. If the
-function shows on *all* trials what a known mistake shows, the mistake is named.
+inputs, compared with minippo's own function; the cases at the edge (also worked on paper: holes in
+a mask, huge numbers); all of these with NaN where the mask is False; with a gradient; and one in
+float64. The first trial that shows something else is reported.
+
+A mistake is named if the function shows what that mistake shows on every trial that is looked at:
+the plain ones (worked and drawn) by their first output if that is wrong there, else by all outputs
+if one is wrong there, else all trials. So the forgotten minus is found also in a function that
+besides knows nothing of holes or NaN.
 """
 
 import functools
@@ -23,14 +28,16 @@ from minippo.checks.observing import (
     Trial,
     as_float64,
     as_tensor,
+    first_only,
     named_outputs,
     observe,
     same_sight,
+    whole,
 )
 from minippo.checks.source import borrows, is_stub
 
-KINDS = ("worked", "drawn", "masked", "gradient", "float64")
-PLAIN = KINDS[:2]  # a function that is wrong here is judged by these alone
+KINDS = ("worked", "drawn", "edge", "masked", "gradient", "float64")
+PLAIN = KINDS[:2]
 DRAWS = 4
 GRADE_VARIABLE = "MINIPPO_GRADE"  # a file that the verdicts go to: set by `minippo grade`
 RESULTS: dict[str, str] = {}  # name of a function -> its last status in this process
@@ -53,6 +60,7 @@ class Case:
     gradient: dict[str, list] = field(default_factory=dict)  # of the sum of the first output
     rtol: float = 1e-4
     atol: float = 1e-6
+    edge: bool = False  # a rare input: looked at after the others
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,13 @@ class Check:
     @functools.cached_property
     def trials(self) -> tuple[Trial, ...]:
         """All trials, those first that are reported first."""
-        worked = sorted((self._worked(case) for case in self.cases), key=_size)
+        cases = sorted((self._worked(case) for case in self.cases), key=_size)
+        worked = [trial for trial in cases if trial.kind == "worked"]
+        edge = [trial for trial in cases if trial.kind == "edge"]
         generator = torch.Generator().manual_seed(0)
         draws = [self.draw(generator) for _ in range(DRAWS if self.draw else 0)]
         drawn = [self._against_own("drawn", arguments) for arguments in draws]
-        plain = [*worked, *drawn]
+        plain = [*worked, *drawn, *edge]
         spoilt = [self._spoilt(trial) for trial in plain if self.spoil and _is_finite(trial)]
         gradient = [self._with_gradient(case) for case in self.cases if case.gradient]
         grad = self.differentiable
@@ -151,23 +161,20 @@ class Check:
         return self._wrong(sentence, saying.details(*failing[0]))
 
     def recognise(self, seen: list[Observation]) -> Mistake | None:
-        """The known mistake that shows the same as a function, if there is one.
-
-        A function that is wrong on plain input is compared on plain input: how it treats NaN or
-        float64 is then another matter.
-        """
-        number = range(len(self.trials))
-        plain = [n for n in number if self.trials[n].kind in PLAIN]
-        if all(self._agrees(seen, n, self.trials[n].expected) for n in plain):
-            plain = list(number)
-        for mistake in self.mistakes:
-            wrong = (self._observe(mistake.wrong, self.trials[n]) for n in plain)
-            if all(self._agrees(seen, n, sight) for n, sight in zip(plain, wrong, strict=True)):
-                return mistake
+        """The known mistake that shows the same as a function, if there is one."""
+        plain = [n for n, trial in enumerate(self.trials) if trial.kind in PLAIN]
+        for view, looked_at in ((first_only, plain), (whole, plain), (whole, range(len(seen)))):
+            shown = [(self.trials[n], view(seen[n])) for n in looked_at]
+            if all(same_sight(sight, view(trial.expected), trial) for trial, sight in shown):
+                continue
+            return next((m for m in self.mistakes if self._shows(m, shown, view)), None)
         return None
 
-    def _agrees(self, seen: list[Observation], n: int, sight: Observation) -> bool:
-        return same_sight(seen[n], sight, self.trials[n])
+    def _shows(self, mistake: Mistake, shown: list[tuple[Trial, Observation]], view) -> bool:
+        return all(
+            same_sight(sight, view(self._observe(mistake.wrong, trial)), trial)
+            for trial, sight in shown
+        )
 
     def _observe(self, fn: Callable, trial: Trial) -> Observation:
         return observe(fn, trial.arguments, self.outputs, trial.differentiable)
@@ -183,12 +190,13 @@ class Check:
     def _worked(self, case: Case) -> Trial:
         """The types are those of minippo's own function, the numbers those of the case."""
         arguments = {name: as_tensor(value) for name, value in case.arguments.items()}
+        kind = "edge" if case.edge else "worked"
         if isinstance(case.expected, Exception):
-            return Trial("worked", arguments, Observation(raised=case.expected))
+            return Trial(kind, arguments, Observation(raised=case.expected))
         own = observe(self.reference, arguments, self.outputs).outputs
         by_hand = named_outputs(case.expected, self.outputs)
         outputs = {name: _typed(value, own[name]) for name, value in by_hand.items()}
-        return Trial("worked", arguments, Observation(outputs), (), case.rtol, case.atol)
+        return Trial(kind, arguments, Observation(outputs), (), case.rtol, case.atol)
 
     def _with_gradient(self, case: Case) -> Trial:
         trial = self._worked(case)

@@ -14,13 +14,9 @@ def integers(generator: Generator, high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape, generator=generator)
 
 
-def mask_of(generator: Generator, rows: int, width: int, holes: bool = False) -> Tensor:
-    """True up to a random place of each row, at least two; with holes also False inside."""
-    lengths = torch.randint(2, width + 1, (rows, 1), generator=generator)
-    mask = torch.arange(width) < lengths
-    keep = torch.rand(rows, width, generator=generator) < 0.6
-    keep[:, 0] = True
-    return mask & keep if holes else mask
+def mask_of(generator: Generator, rows: int, width: int) -> Tensor:
+    """True up to a random place of each row, at least the second."""
+    return torch.arange(width) < torch.randint(2, width + 1, (rows, 1), generator=generator)
 
 
 def logprobs_of(generator: Generator, *shape: int) -> Tensor:

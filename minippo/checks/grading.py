@@ -166,8 +166,9 @@ def _recheck(solved: list[dict[str, str]], mine: Path) -> dict[str, dict[str, st
         doubt = doubts.get(name, "It ended the process in which it was checked again.")
         if doubt == UNSAVED:
             doubt += f" {verdict['sentence']}"
-        told = {"result": "wrong", "sentence": doubt} if doubt else {"sentence": f"{name} is right."}
-        verdicts[name] = verdict | told
+        verdicts[name] = verdict | {"sentence": f"{name} is right."}
+        if doubt:
+            verdicts[name] = verdict | {"result": "wrong", "sentence": doubt}
     return verdicts
 
 

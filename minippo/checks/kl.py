@@ -28,7 +28,7 @@ def _cases(twice, half, twice_gradient, far, more=()):
             {"logprobs": [[twice_gradient]]},
         ),
         Case(dict(logprobs=[[QUARTER]], ref_logprobs=[[HALF]]), [[half]]),
-        Case(dict(logprobs=[[-1.0]], ref_logprobs=[[-16.0]]), [[far]]),
+        Case(dict(logprobs=[[-1.0]], ref_logprobs=[[-16.0]]), [[far]], edge=True),
         Case(
             dict(logprobs=[[HALF, QUARTER]], ref_logprobs=[[QUARTER, HALF]]),
             [[twice, half]],
@@ -128,12 +128,17 @@ check_kl_k3 = Check(
         1 / 2,  # 1 - rho
         math.expm1(-15) + 15,
         [
-            Case(dict(logprobs=[[-16.0]], ref_logprobs=[[-1.0]]), [[math.expm1(15) - 15]]),
+            Case(
+                dict(logprobs=[[-16.0]], ref_logprobs=[[-1.0]]),
+                [[math.expm1(15) - 15]],
+                edge=True,
+            ),
             Case(  # nearly the same policy: rho - 1 needs more digits than float32 has
                 dict(logprobs=[[-1.0] * 3], ref_logprobs=[[-1.0 - NEAR] * 3]),
                 [[math.expm1(-NEAR) + NEAR] * 3],
                 rtol=2e-3,
                 atol=0.0,
+                edge=True,
             ),
         ],
     ),
@@ -200,6 +205,7 @@ check_kl_full = Check(
         Case(  # certain of a token that the reference gives 1/2: 1 log 2 + 0 log 0
             dict(logprobs_all=[[[0.0, -math.inf]]], ref_logprobs_all=[[[HALF, HALF]]]),
             [[LOG_2]],
+            edge=True,
         ),
         Case(
             dict(

@@ -19,9 +19,13 @@ check_response_window = Check(
             [[12.0, 13.0]],
             {"x": [[0.0, 0.0, 1.0, 1.0, 0.0]]},
         ),
-        Case(dict(x=[[7.0, 8.0]], response_length=1), [[7.0]]),
-        Case(  # a further axis: logits over two tokens; Q = 1, R = 3
-            dict(x=[[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]], response_length=3),
+        Case(dict(x=[[7.0, 8.0, 9.0]], response_length=1), [[8.0]]),
+        Case(dict(x=[[7.0, 8.0, 9.0]], response_length=2), [[7.0, 8.0]], edge=True),  # Q = 1
+        Case(  # a further axis: logits over two tokens; Q = 2, R = 3
+            dict(
+                x=[[[9.0, 0.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]],
+                response_length=3,
+            ),
             [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]],
         ),
     ),
@@ -34,9 +38,7 @@ check_response_window = Check(
         ),
         Mistake(
             "the shift was made twice: the window begins one position too early",
-            lambda x, response_length: x[:, -response_length - 2 : -2]
-            if x.shape[1] > response_length + 1
-            else x[:, : x.shape[1] - 2],
+            lambda x, response_length: x[:, -response_length - 2 : -2],
         ),
         Mistake(
             "the last position is still in: it predicts a token that comes after the response",
@@ -77,7 +79,7 @@ check_gather_logprobs = Check(
             {"logits": [[[0.25, -0.25]]]},
         ),
         Case(dict(logits=[[[2 * LOG_3, 0.0]]], tokens=[[1]], temperature=2.0), [[LOG_QUARTER]]),
-        Case(dict(logits=[[[0.0, 200.0]]], tokens=[[0]]), [[-200.0]]),  # its probability is 0
+        Case(dict(logits=[[[0.0, 200.0]]], tokens=[[0]]), [[-200.0]], edge=True),  # exp is 0
         Case(
             dict(logits=[[[LOG_3, 0.0], [0.0, LOG_3]]], tokens=[[0, 0]]),
             [[LOG_THREE_QUARTERS, LOG_QUARTER]],

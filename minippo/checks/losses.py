@@ -34,7 +34,7 @@ def _lm(reduce=_mean, logits_at=slice(None, -1), mask_at=slice(1, None), sign=1,
 
     def wrong(logits, tokens, loss_mask):
         mask = loss_mask[:, mask_at]
-        logits = logits[:, logits_at].masked_fill(~loss_mask[:, 1:].unsqueeze(-1), 0)
+        logits = logits[:, logits_at].masked_fill(~mask.unsqueeze(-1), 0)
         return sign * reduce(per_token(logits, tokens[:, 1:]), mask)
 
     return wrong
@@ -173,7 +173,7 @@ check_preference_loss = Check(
             {"chosen_scores": [-0.5], "rejected_scores": [0.5]},
         ),
         Case(dict(chosen_scores=[2.0], rejected_scores=[0.0]), _softplus(-2)),
-        Case(dict(chosen_scores=[-200.0], rejected_scores=[0.0]), 200.0),  # as a float: no inf
+        Case(dict(chosen_scores=[-200.0], rejected_scores=[0.0]), 200.0, edge=True),
         Case(
             dict(chosen_scores=[3.0], rejected_scores=[1.0], margin=[1.0]),
             _softplus(-1),  # a gap of 2, of which 1 is asked for
@@ -289,7 +289,7 @@ check_ranking_loss = Check(
             (3 * 0 + _softplus(-1) + _softplus(-3) + _softplus(-2)) / 6
             + (_softplus(1) + _softplus(-1) + _softplus(-2)) / 6,
         ),
-        Case(dict(scores=[[-200.0, 0.0]]), 200.0),
+        Case(dict(scores=[[-200.0, 0.0]]), 200.0, edge=True),
     ),
     draw=lambda g: dict(scores=normal(g, 2, 4)),
     outputs=("loss",),
@@ -353,14 +353,14 @@ def _k3(log_ratio):
     return torch.expm1(log_ratio) - log_ratio
 
 
-def _smaller_of_both(advantages, ratio, clip_range):
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantages * ratio, -advantages * clipped)
+def _clipped_ratio(advantages, ratio, eps):
+    return -advantages * ratio.clamp(1 - eps, 1 + eps)
 
 
 def _policy(
     ratio_of=_ratio,
-    surrogate=_smaller_of_both,
+    clip=_clipped_ratio,
+    combine=torch.maximum,
     reduce=_mean,
     fill=lambda x, mask: x.masked_fill(~mask, 0),
     stat=torch.Tensor.detach,
@@ -371,8 +371,8 @@ def _policy(
     def wrong(logprobs, old_logprobs, advantages, mask, clip_range):
         new, old, good = (fill(x, mask) for x in (logprobs, old_logprobs, advantages))
         ratio = ratio_of(new, old)
-        low, high = 1 - clip_range, 1 + clip_range
-        is_clipped = (-good * ratio.clamp(low, high) > -good * ratio).to(ratio.dtype)
+        unclipped, clipped = -good * ratio, clip(good, ratio, clip_range)
+        is_clipped = (clipped > unclipped).to(ratio.dtype)
         stats = {
             "approx_kl": stat(_mean(_k3(new - old), mask)),
             "clip_frac": stat(_mean(is_clipped, mask)),
@@ -380,7 +380,7 @@ def _policy(
         }
         parts = dict(new=new, old=old, ratio=ratio, is_clipped=is_clipped, mask=mask)
         stats |= {name: make(parts).detach() for name, make in other_stats.items()}
-        return reduce(surrogate(good, ratio, clip_range), mask), stats
+        return reduce(combine(unclipped, clipped), mask), stats
 
     return wrong
 
@@ -446,41 +446,25 @@ check_policy_loss = Check(
         Mistake(
             "the larger of the two objectives was kept: clipping has to make the objective "
             "smaller, so the loss larger",
-            _policy(
-                surrogate=lambda a, ratio, eps: torch.minimum(
-                    -a * ratio, -a * ratio.clamp(1 - eps, 1 + eps)
-                )
-            ),
+            _policy(combine=torch.minimum),
         ),
         Mistake(
             "only the clipped ratio is used: where the policy went the wrong way there is no "
             "gradient to bring it back",
-            _policy(surrogate=lambda a, ratio, eps: -a * ratio.clamp(1 - eps, 1 + eps)),
+            _policy(combine=lambda unclipped, clipped: clipped),
         ),
-        Mistake("nothing is clipped", _policy(surrogate=lambda a, ratio, eps: -a * ratio)),
+        Mistake("nothing is clipped", _policy(combine=lambda unclipped, clipped: unclipped)),
         Mistake(
             "the ratio is clipped above only: it has a lower end as well, for bad tokens",
-            _policy(
-                surrogate=lambda a, ratio, eps: torch.maximum(
-                    -a * ratio, -a * ratio.clamp(max=1 + eps)
-                )
-            ),
+            _policy(clip=lambda a, ratio, eps: -a * ratio.clamp(max=1 + eps)),
         ),
         Mistake(
             "the ratio was clipped between -epsilon and epsilon: the range lies around 1",
-            _policy(
-                surrogate=lambda a, ratio, eps: torch.maximum(
-                    -a * ratio, -a * ratio.clamp(-eps, eps)
-                )
-            ),
+            _policy(clip=lambda a, ratio, eps: -a * ratio.clamp(-eps, eps)),
         ),
         Mistake(
             "the second term has the ratio in place of the advantage",
-            _policy(
-                surrogate=lambda a, ratio, eps: torch.maximum(
-                    -a * ratio, -ratio * ratio.clamp(1 - eps, 1 + eps)
-                )
-            ),
+            _policy(clip=lambda a, ratio, eps: -ratio * ratio.clamp(1 - eps, 1 + eps)),
         ),
         Mistake(
             "the ratio is the difference of the log-probabilities: it is the exponential of that",

@@ -25,7 +25,7 @@ check_masked_mean = Check(
     cases=(
         Case(dict(x=[[5.0]], mask=[[T]]), 5.0),
         Case(dict(x=[[1.0, 2.0, 6.0]], mask=[[T, T, F]]), 1.5, {"x": [[0.5, 0.5, 0.0]]}),
-        Case(dict(x=[[1.0, 2.0]], mask=[[F, F]]), math.nan),  # 0 / 0, seen and not hidden
+        Case(dict(x=[[1.0, 2.0]], mask=[[F, F]]), math.nan, edge=True),  # 0 / 0, not hidden
         Case(dict(x=[[1.0, 2.0, 6.0], [4.0, 8.0, 0.0]], mask=[[T, T, F], [T, F, F]]), 7 / 3),
         Case(
             dict(x=[[1.0, 2.0, 6.0], [4.0, 8.0, 0.0]], mask=[[T, T, F], [T, F, F]], dim=1),
@@ -95,6 +95,19 @@ def _whiten_with_padding(x, mask, unbiased=True):
     return _filled((x - x.mean()) / (x.var(unbiased=unbiased) + 1e-8).sqrt(), mask)
 
 
+def _row_means(x, mask):
+    return _mean(x, mask, 1).unsqueeze(1)
+
+
+def _padded_mean(x, mask):
+    return _filled(x, mask).mean()
+
+
+def _shifted_by(mean, x, mask, unbiased):
+    """Whitening with another mean and the right variance."""
+    return _filled((x - mean(x, mask)) / (masked_var(x, mask, unbiased) + 1e-8).sqrt(), mask)
+
+
 def _whiten_unfilled(x, mask, unbiased=True):
     x = _filled(x, mask)
     return (x - _mean(x, mask)) / (masked_var(x, mask, unbiased) + 1e-8).sqrt()
@@ -104,7 +117,7 @@ check_masked_whiten = Check(
     name="masked_whiten",
     module="masking",
     cases=(
-        Case(dict(x=[[5.0, 5.0]], mask=[[T, T]]), [[0.0, 0.0]]),  # variance 0 divides by no 0
+        Case(dict(x=[[5.0, 5.0]], mask=[[T, T]]), [[0.0, 0.0]], edge=True),  # not divided by 0
         Case(dict(x=[[1.0, 3.0]], mask=[[T, T]], unbiased=False), [[-1.0, 1.0]]),
         Case(dict(x=[[1.0, 2.0, 3.0]], mask=[[T, T, T]]), [[-1.0, 0.0, 1.0]]),
         Case(  # mean 2, variance (1 + 1) / 1
@@ -132,7 +145,21 @@ check_masked_whiten = Check(
             lambda x, mask, unbiased=True: _whiten(x, mask, True),
         ),
         Mistake("each row was whitened by itself: all rows share one mean", _whiten_by_row),
+        Mistake(
+            "the mean of each row was taken off: all rows share one mean",
+            lambda x, mask, unbiased=True: _shifted_by(_row_means, x, mask, unbiased),
+        ),
         Mistake("the padding was counted into mean and variance", _whiten_with_padding),
+        Mistake(
+            "the padding was counted into the mean",
+            lambda x, mask, unbiased=True: _shifted_by(_padded_mean, x, mask, unbiased),
+        ),
+        Mistake(
+            "the padding was counted into the variance",
+            lambda x, mask, unbiased=True: _filled(
+                (x - _mean(x, mask)) / (_filled(x, mask).var(unbiased=unbiased) + 1e-8).sqrt(), mask
+            ),
+        ),
         Mistake("masked positions are not set back to 0 at the end", _whiten_unfilled),
         Mistake(
             "it divides by the variance and not by its square root",

@@ -91,6 +91,18 @@ def same_sight(a: Observation, b: Observation, trial: Trial) -> bool:
     return all(same(x, y, trial.rtol, trial.atol) for x, y in pairs)
 
 
+def whole(seen: Observation) -> Observation:
+    """All of what was seen."""
+    return seen
+
+
+def first_only(seen: Observation) -> Observation:
+    """What was seen of the first output alone: (loss, stats) -> loss."""
+    names = [name.partition("[")[0] for name in seen.outputs]
+    first = {key: seen.outputs[key] for key, name in zip(seen.outputs, names, strict=True) if name == names[0]}
+    return Observation(first, raised=seen.raised)
+
+
 def same_error(a: Exception | None, b: Exception | None) -> bool:
     """Whether two exceptions are of one class, and of one reason if they carry one."""
     return type(a) is type(b) and getattr(a, "reason", None) == getattr(b, "reason", None)

@@ -15,8 +15,8 @@ def _pair(instruction, chosen, rejected, history=(), **more):
     return dict(instruction=instruction, chosen=chosen, rejected=rejected, history=turns, **more)
 
 
-def _refused(kind):
-    return BadPair(kind, "")
+def _refused(kind, chosen, rejected):
+    return Case(_row(chosen, rejected), BadPair(kind, ""), edge=True)
 
 
 START = "\n\nHuman: hi\n\nAssistant:"
@@ -72,6 +72,13 @@ def _first_answer(row):
     return _pair(question, texts[0][2].strip(), texts[1][2].strip())
 
 
+def _first_exchange(row):
+    pair = _checked(row)
+    instruction, answer, *later = [text.strip() for text in _texts(row)[0]]
+    history = [list(turn) for turn in zip(later[::2], later[1::2], strict=True)]
+    return pair | dict(instruction=instruction, chosen=answer, history=history)
+
+
 def _needs_a_space(row):
     """Only tags with a space after them are seen."""
     for side in ("chosen", "rejected"):
@@ -113,22 +120,23 @@ check_parse_pair = Check(
         Case(
             _row(f"{LONGER} so", f"{LONGER} no"), _pair("why?", "so", "no", [("hi", "hello")])
         ),
-        Case(_row(f"{START} yes", f"{START} yes"), _refused("identical_answers")),
-        Case(_row(f"{START} yes", f"{START}"), _refused("empty_answer")),
-        Case(_row(f"{START} yes", "\n\nHuman: ho\n\nAssistant: no"), _refused("diverging_history")),
-        Case(_row(f"{START} yes", "\n\nHuman: hi"), _refused("no_assistant_turn")),
-        Case(_row(f"{START} yes", f"{START} no\n\nHuman: bye"), _refused("ends_with_human")),
-        Case(_row(f"{START} yes", f"well{START} no"), _refused("leading_text")),
-        Case(
-            _row(f"{LONGER} so", f"{LONGER.replace('hello', 'ho')} no"),
-            _refused("diverging_history"),
-        ),
+        _refused("identical_answers", f"{START} yes", f"{START} yes"),
+        _refused("empty_answer", f"{START} yes", START),
+        _refused("diverging_history", f"{START} yes", "\n\nHuman: ho\n\nAssistant: no"),
+        _refused("diverging_history", f"{LONGER} so", f"{LONGER.replace('hello', 'ho')} no"),
+        _refused("no_assistant_turn", f"{START} yes", "\n\nHuman: hi"),
+        _refused("ends_with_human", f"{START} yes", f"{START} no\n\nHuman: bye"),
+        _refused("leading_text", f"{START} yes", f"well{START} no"),
     ),
     outputs=("pair",),
     mistakes=(
         Mistake(
             "the answer begins at the first Assistant tag: it is what follows the last one",
             _first_answer,
+        ),
+        Mistake(
+            "the first question and answer were taken for the last ones",
+            _first_exchange,
         ),
         Mistake(
             "the two histories are not compared: some pairs differ before their last answer, and "
@@ -151,9 +159,7 @@ check_parse_pair = Check(
             "a line that begins with Human: was taken for a tag: a tag has a blank line before it",
             _split_by(r"\n+(Human|Assistant):"),
         ),
-        Mistake(
-            "the white space around the texts is still there", _unstripped
-        ),
+        Mistake("the white space around the texts is still there", _unstripped),
         Mistake(
             "a tag without a space after it is not seen: an empty answer ends in `Assistant:`",
             _needs_a_space,

@@ -50,6 +50,7 @@ check_per_token_rewards = Check(
         Case(  # a hole: the last token that counts is the third
             dict(scores=[2.0], kl=[[1.0, 1.0, 1.0, 1.0]], mask=[[T, F, T, F]], kl_coef=0.5),
             [[-0.5, 0.0, 1.5, 0.0]],
+            edge=True,
         ),
         Case(
             dict(
@@ -62,7 +63,7 @@ check_per_token_rewards = Check(
         ),
     ),
     draw=lambda g: dict(
-        scores=normal(g, 2), kl=normal(g, 2, 4), mask=mask_of(g, 2, 4, holes=True), kl_coef=0.3
+        scores=normal(g, 2), kl=normal(g, 2, 4), mask=mask_of(g, 2, 4), kl_coef=0.3
     ),
     outputs=("rewards",),
     spoil=spoil_masked("kl"),
@@ -72,9 +73,14 @@ check_per_token_rewards = Check(
             _at_first_pad,
         ),
         Mistake(
-            "the score was put one position after the last token that counts, where the mask "
-            "took it away",
+            "the score is nowhere: if it was put one position after the last token that counts, "
+            "the mask took it away there",
             _at_first_pad_masked,
+        ),
+        Mistake(
+            "the mask of the last token was rolled one to the right: the score stands on the first "
+            "pad, and in a full row on the first token",
+            lambda *args: _rewards(*args, _last(args[2]).roll(1, dims=1)),
         ),
         Mistake(
             "the score stands in the last column: the last token that counts may come earlier",
@@ -124,10 +130,6 @@ check_per_token_rewards = Check(
         Mistake(
             "the coefficient is missing: the KL counts in full",
             lambda scores, kl, mask, kl_coef: _rewards(scores, kl, mask, 1.0),
-        ),
-        Mistake(
-            "the score is missing",
-            lambda scores, kl, mask, kl_coef: _rewards(0 * scores, kl, mask, kl_coef),
         ),
     ),
 )

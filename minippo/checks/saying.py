@@ -12,6 +12,7 @@ from minippo.checks.source import own_line
 Pairs = list[tuple[Trial, Observation]]
 PLACES = {
     "worked": "",
+    "edge": "What is common is right, this rare input is not.",
     "drawn": "The worked cases are right, this drawn input is not.",
     "masked": "All is right until NaN stands where the mask is False.",
     "gradient": "The values are right, the gradient is not.",
