@@ -248,8 +248,8 @@ check_kl_full = Check(
             lambda logprobs_all, ref_logprobs_all: (logprobs_all - ref_logprobs_all).sum(-1),
         ),
         Mistake(
-            "F.kl_div was called without log_target=True: it takes the logarithm of what is one "
-            "already",
+            "the function F.kl_div was called without log_target=True: it takes the logarithm of "
+            "what is one already",
             lambda logprobs_all, ref_logprobs_all: functional.kl_div(
                 ref_logprobs_all, logprobs_all, reduction="none"
             ).sum(-1),

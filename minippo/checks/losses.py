@@ -11,6 +11,10 @@ from minippo.checks.drawing import integers, mask_of, normal
 T, F = True, False
 LOG_2, LOG_3 = math.log(2), math.log(3)
 NAN_TIMES_0 = "the mask was multiplied in: NaN times 0 is NaN, so fill masked positions first"
+FILLED_LATE = (
+    "masked positions are filled at the end only: NaN that went in there still gets into the "
+    "gradient, so fill the inputs first"
+)
 ROWS_FIRST = (
     "each row was averaged first, then the rows: every token weighs the same, so a short row "
     "weighs less"
@@ -19,6 +23,14 @@ ROWS_FIRST = (
 
 def _mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum()
+
+
+def _mean_by_product(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def _unfilled(x, mask):
+    return x
 
 
 def _mean_of_rows(x, mask):
@@ -135,10 +147,15 @@ check_lm_loss = Check(
         ),
         Mistake(
             NAN_TIMES_0,
-            lambda logits, tokens, loss_mask: (
-                _nll(logits[:, :-1], tokens[:, 1:]) * loss_mask[:, 1:]
-            ).sum()
-            / loss_mask[:, 1:].sum(),
+            lambda logits, tokens, loss_mask: _mean_by_product(
+                _nll(logits[:, :-1], tokens[:, 1:]), loss_mask[:, 1:]
+            ),
+        ),
+        Mistake(
+            FILLED_LATE,
+            lambda logits, tokens, loss_mask: _mean(
+                _nll(logits[:, :-1], tokens[:, 1:]), loss_mask[:, 1:]
+            ),
         ),
         Mistake(
             "the loss is detached: there is nothing to learn from",
@@ -362,6 +379,7 @@ def _policy(
     clip=_clipped_ratio,
     combine=torch.maximum,
     reduce=_mean,
+    mean=_mean,  # of the stats
     fill=lambda x, mask: x.masked_fill(~mask, 0),
     stat=torch.Tensor.detach,
     **other_stats,
@@ -374,9 +392,9 @@ def _policy(
         unclipped, clipped = -good * ratio, clip(good, ratio, clip_range)
         is_clipped = (clipped > unclipped).to(ratio.dtype)
         stats = {
-            "approx_kl": stat(_mean(_k3(new - old), mask)),
-            "clip_frac": stat(_mean(is_clipped, mask)),
-            "ratio": stat(_mean(ratio, mask)),
+            "approx_kl": stat(mean(_k3(new - old), mask)),
+            "clip_frac": stat(mean(is_clipped, mask)),
+            "ratio": stat(mean(ratio, mask)),
         }
         parts = dict(new=new, old=old, ratio=ratio, is_clipped=is_clipped, mask=mask)
         stats |= {name: make(parts).detach() for name, make in other_stats.items()}
@@ -485,7 +503,10 @@ check_policy_loss = Check(
         Mistake(
             "the loss is a sum over tokens and not a mean", _policy(reduce=lambda x, mask: x.sum())
         ),
-        Mistake(NAN_TIMES_0, _policy(fill=lambda x, mask: x * mask)),
+        Mistake(
+            NAN_TIMES_0, _policy(fill=_unfilled, reduce=_mean_by_product, mean=_mean_by_product)
+        ),
+        Mistake(FILLED_LATE, _policy(fill=_unfilled)),
         Mistake(
             "approx_kl is that of new against old: the tokens were sampled from the old policy",
             _policy(approx_kl=lambda p: _mean(_k3(p["old"] - p["new"]), p["mask"])),
@@ -537,6 +558,7 @@ def _value(
     clip=_clip_to_old,
     combine=_larger_error,
     reduce=_mean,
+    mean=_mean,  # of the stats
     fill=lambda x, mask: x.masked_fill(~mask, 0),
     stat=torch.Tensor.detach,
     **other_stats,
@@ -548,7 +570,7 @@ def _value(
         right = _clip_to_old(new, old, target, clip_range)
         error, clipped_error = (new - target).square(), (right - target).square()
         is_clipped = (clipped_error > error).to(error.dtype)
-        stats = {"clip_frac": stat(_mean(is_clipped, mask)), "error": stat(_mean(error, mask))}
+        stats = {"clip_frac": stat(mean(is_clipped, mask)), "error": stat(mean(error, mask))}
         parts = dict(error=error, clipped_error=clipped_error, is_clipped=is_clipped, mask=mask)
         stats |= {name: make(parts).detach() for name, make in other_stats.items()}
         clipped = clip(new, old, target, clip_range)
@@ -633,7 +655,10 @@ check_value_loss = Check(
             "the absolute error stands where the square belongs",
             _value(combine=lambda v, c, r: torch.maximum((v - r).abs(), (c - r).abs())),
         ),
-        Mistake(NAN_TIMES_0, _value(fill=lambda x, mask: x * mask)),
+        Mistake(
+            NAN_TIMES_0, _value(fill=_unfilled, reduce=_mean_by_product, mean=_mean_by_product)
+        ),
+        Mistake(FILLED_LATE, _value(fill=_unfilled)),
         Mistake(
             "error is that of the clipped values: it is the plain squared error",
             _value(

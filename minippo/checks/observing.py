@@ -98,8 +98,8 @@ def whole(seen: Observation) -> Observation:
 
 def first_only(seen: Observation) -> Observation:
     """What was seen of the first output alone: (loss, stats) -> loss."""
-    names = [name.partition("[")[0] for name in seen.outputs]
-    first = {key: seen.outputs[key] for key, name in zip(seen.outputs, names, strict=True) if name == names[0]}
+    kept = next(iter(seen.outputs), "").partition("[")[0]
+    first = {name: x for name, x in seen.outputs.items() if name.partition("[")[0] == kept}
     return Observation(first, raised=seen.raised)
 
 

@@ -69,8 +69,8 @@ def details(trial: Trial, seen: Observation) -> str:
         of = name.removeprefix("gradient ")
         both = [x.gradient if name != of else x.outputs for x in (trial.expected, seen)]
         what = name if name == of else f"gradient with respect to {of}"
-        if all(of in found for found in both):
-            texts = _told_apart(*(found[of] for found in both))
+        if of in both[0]:
+            texts = _told_apart(both[0][of], both[1].get(of, "nothing"))
             lines += zip(("expected", "got"), (f"{what} = {text}" for text in texts), strict=True)
     return "\n".join(f"  {word:<8}  {text}" for word, text in lines)
 

@@ -22,7 +22,7 @@ class NotCarried(ValueError):
 def is_stub(fn: Callable, seen: Observation) -> bool:
     """Whether nothing has been written yet: it raises NotImplementedError, or gives nothing."""
     if isinstance(seen.raised, NotImplementedError):
-        return own_line(fn, seen.raised) is not None
+        return _raised_itself(fn, seen.raised)
     if seen.raised is not None or next(iter(seen.outputs.values()), 0) is not None:
         return False
     try:
@@ -30,6 +30,12 @@ def is_stub(fn: Callable, seen: Observation) -> bool:
     except NotCarried:
         return False
     return STUB_MARKER in text or all(map(_is_idle, ast.parse(text).body[0].body))
+
+
+def _raised_itself(fn: Callable, error: BaseException) -> bool:
+    """Whether an exception comes out of the function, and not out of what it calls."""
+    frame = inspect.getinnerframes(error.__traceback__)[-1].frame
+    return frame.f_code is getattr(inspect.unwrap(fn), "__code__", None)
 
 
 def _is_idle(step: ast.stmt) -> bool:
