@@ -20,8 +20,9 @@ from minippo import checks, hh
 from minippo.checks import CHECKS, CheckFailed
 from minippo.checks.checking import RESULTS, Check
 
-NAMES = """masked_mean masked_whiten response_mask response_window gather_logprobs position_ids
-kl_k1 kl_k2 kl_k3 kl_full adapt_kl_coef per_token_rewards prompt_values simple_advantages gae lm_loss
+NAMES = """masked_mean masked_whiten response_mask response_window gather_logprobs
+position_ids kl_k1 kl_k2 kl_k3 kl_full adapt_kl_coef per_token_rewards prompt_values
+simple_advantages gae lm_loss
 preference_loss ranking_loss policy_loss value_loss parse_pair""".split()
 MISTAKES = [(name, n) for name, check in CHECKS.items() for n in range(len(check.mistakes))]
 TENSOR_CHECKS = [name for name in NAMES if name not in ("parse_pair", "adapt_kl_coef")]

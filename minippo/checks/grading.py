@@ -89,7 +89,7 @@ def _read(path: Path):
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
         short = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no notebook that can be read: {short}") from error
     return notebook
@@ -120,10 +120,18 @@ def _run(notebook, folder: Path, verdicts: Path, mine: Path, timeout: int) -> st
             on_cell_executed=lambda **_: bar.update(),
         )
         try:
-            client.execute(env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"} | settings)
+            client.execute(env=_environment() | settings)
         except (CellTimeoutError, DeadKernelError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return ""
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which Python finds this very minippo, whatever the folder."""
+    here = str(Path(__file__).resolve().parents[2])
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "JUPYTER_PREFER_ENV_PATH": "1"}
+    return {k: v for k, v in os.environ.items() if k != GRADE_VARIABLE} | settings
 
 
 def _not_checked(name: str, notebook, stop: str) -> dict[str, str]:
@@ -155,8 +163,7 @@ def _recheck(solved: list[dict[str, str]], mine: Path) -> dict[str, dict[str, st
     answer = mine.with_name("answer.json")
     names = [verdict["exercise"] for verdict in solved]
     command = [sys.executable, "-m", "minippo.checks.grading", str(answer), *names]
-    settings = os.environ | {saving.VARIABLE: str(mine)}
-    settings.pop(GRADE_VARIABLE, None)
+    settings = _environment() | {saving.VARIABLE: str(mine)}
     with contextlib.suppress(subprocess.TimeoutExpired):  # then there is no answer
         subprocess.run(command, env=settings, timeout=RECHECK_SECONDS, capture_output=True)
     doubts = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {}

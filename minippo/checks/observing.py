@@ -53,7 +53,8 @@ def observe(
             gradient = _gradient(found, {name: given[name] for name in differentiable})
     except Exception as error:  # whatever a student's code raises is what there is to report
         return Observation(raised=error)
-    changed = [name for name in given if not same(given[name], arguments[name], 0, 0)]
+    after = {name: _detached(value) for name, value in given.items()}
+    changed = [name for name in after if not same(after[name], arguments[name], 0, 0)]
     attached = [name for name, value in list(found.items())[1:] if _has_gradient(value)]
     seen = {name: _detached(value) for name, value in found.items()}
     return Observation(seen, gradient, tuple(attached), tuple(changed))
@@ -73,8 +74,9 @@ def named_outputs(result: object, names: tuple[str, ...]) -> dict[str, object]:
 def same(a: object, b: object, rtol: float, atol: float) -> bool:
     """Whether two values are equal: type, shape, dtype, and numbers up to rounding; NaN is NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        alike = a.shape == b.shape and a.dtype == b.dtype
-        return alike and torch.allclose(a.detach(), b.detach(), rtol, atol, equal_nan=True)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.equal(a, b) or torch.allclose(a, b, rtol, atol, equal_nan=True)
     if isinstance(a, float) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=rtol, abs_tol=atol) or (a != a and b != b)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
