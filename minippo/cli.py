@@ -214,6 +214,7 @@ def grade(
     notebook: Annotated[Path, tyro.conf.Positional],
     json: Annotated[Path | None, tyro.conf.arg(help="write the verdicts to this file too")] = None,
     timeout: Annotated[int, tyro.conf.arg(help="seconds for one cell")] = 120,
+    expect: Annotated[tuple[str, ...], tyro.conf.arg(help="exercises that must be in it")] = (),
 ) -> None:
     """Run a notebook with exercises anew and say which are solved.
 
@@ -221,7 +222,7 @@ def grade(
     """
     from minippo.checks import grading
 
-    verdicts = grading.grade(notebook, timeout)
+    verdicts = grading.grade(notebook, timeout, expect)
     print(grading.table(verdicts))
     if json is not None:
         grading.write_json(json, notebook, verdicts)

@@ -112,9 +112,10 @@ def test_the_command_ends_with_0_if_all_is_solved_and_writes_json(tmp_path, caps
 
 def test_a_cell_that_never_ends_and_a_kernel_that_dies_end_with_1(tmp_path, capsys):
     cells = ["import time\ntime.sleep(600)", "import os\nos._exit(3)", "check_gae(gae)"]
-    status, said, _ = graded(capsys, write(tmp_path / "bad.ipynb", cells), "--timeout", 2)
-    assert status == 1
-    assert "gae  not checked  check_gae of minippo never ran on it. The run ended with Dead" in said
+    path = write(tmp_path / "bad.ipynb", cells)
+    status, said, _ = graded(capsys, path, "--timeout", 2, "--expect", "gae", "kl_k1")
+    assert status == 1 and "kl_k1  not checked" in said and said.endswith("solved 0 of 2\n")
+    assert "gae    not checked  check_gae of minippo never ran on it. The run ended with" in said
 
 
 def test_a_file_that_is_no_notebook_ends_with_2(tmp_path, capsys):
@@ -126,5 +127,7 @@ def test_a_file_that_is_no_notebook_ends_with_2(tmp_path, capsys):
         status, _, said = graded(capsys, tmp_path / f"{name}.ipynb")
         assert status == 2 and "is no notebook that can be read" in said, name
         assert said.count("\n") == 1 and "Traceback" not in said
+    status, _, said = graded(capsys, plain, "--expect", "gea")
+    assert status == 2 and "there is no check of gea" in said
     status, _, said = graded(capsys, plain)
     assert status == 2 and "has no exercise: no cell calls a check" in said

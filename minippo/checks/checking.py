@@ -38,7 +38,7 @@ from minippo.checks.source import borrows, is_stub
 
 KINDS = ("worked", "drawn", "edge", "masked", "gradient", "float64")
 PLAIN = KINDS[:2]
-DRAWS = 4
+DRAWS = 3
 GRADE_VARIABLE = "MINIPPO_GRADE"  # a file that the verdicts go to: set by `minippo grade`
 RESULTS: dict[str, str] = {}  # name of a function -> its last status in this process
 
@@ -109,7 +109,7 @@ class Check:
         if verdict.status == "solved":
             print(verdict.sentence)
             return fn
-        # A grader has the verdict; later exercises shall not suffer from this one.
+        # A grader has the verdict, and later exercises shall not suffer from this one.
         if graded or (verdict.status == "unwritten" and fallback):
             print(f"{verdict.sentence} The notebook goes on with minippo's own.")
             return self.reference
@@ -180,7 +180,8 @@ class Check:
         return observe(fn, trial.arguments, self.outputs, trial.differentiable)
 
     def _wrong(self, sentence: str, details: str = "") -> Verdict:
-        text = f"{self.name} is not right yet. {sentence[0].upper()}{sentence[1:]}"
+        sentence = f"{sentence[0].upper()}{sentence[1:].rstrip('.')}."
+        text = f"{self.name} is not right yet. {sentence}"
         return Verdict("wrong", sentence, f"{text}\n\n{details}" if details else text)
 
     def _against_own(self, kind: str, arguments: dict, differentiable=()) -> Trial:

@@ -30,17 +30,22 @@ RECHECK_SECONDS = 300
 UNSAVED = "It could not be checked again outside the notebook."
 
 
-def grade(path: Path, timeout: int = 120) -> list[dict[str, str]]:
+def grade(path: Path, timeout: int = 120, expect: Iterable[str] = ()) -> list[dict[str, str]]:
     """Runs a notebook and says for each exercise: {"exercise", "result", "sentence"}.
 
     path: the student's .ipynb; it is read only
     timeout: seconds for one cell, which is interrupted then
-    returns: one dict per function whose check the notebook names, in that order; result is solved,
-        wrong, unwritten, or "not checked" where minippo's check never saw the function
-    Raises ValueError if the file is no notebook or names no check.
+    expect: functions that have to be there, also if their checks were taken out of the notebook
+    returns: one dict per function whose check the notebook names, in that order, then the other
+        expected ones; result is solved, wrong, unwritten, or "not checked" where minippo's check
+        never saw the function
+    Raises ValueError if the file is no notebook or names no check, or if an expected one has none.
     """
+    if unknown := [name for name in expect if name not in CHECKS]:
+        raise ValueError(f"there is no check of {', '.join(unknown)}, only of {', '.join(CHECKS)}")
     notebook = _read(path)
-    names = exercises(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    code = (cell.source for cell in notebook.cells if cell.cell_type == "code")
+    names = list(dict.fromkeys([*exercises(code), *expect]))
     if not names:
         raise ValueError(f"{path} has no exercise: no cell calls a check, such as check_gae(gae)")
     with tempfile.TemporaryDirectory(prefix="minippo-grade-") as folder:

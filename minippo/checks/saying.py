@@ -27,7 +27,7 @@ NAN_THROUGH = (
 def wrong_signature(fn: Callable, reference: Callable) -> str:
     """What is wrong with the parameters of a function, in a sentence; empty if nothing is."""
     wanted = inspect.signature(reference).parameters.values()
-    form = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in wanted)
+    form = ", ".join(map(_parameter, wanted))
     try:
         has = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
@@ -55,8 +55,7 @@ def fault(fn: Callable, pairs: Pairs) -> str:
         or _pattern([(t, s) for t, s in pairs if t.kind == trial.kind])
         or _numbers(trial, seen)
     )
-    sentence = f"{sentence[0].upper()}{sentence[1:]}."
-    return f"{PLACES[trial.kind]} {sentence}".strip()
+    return f"{PLACES[trial.kind]} {sentence[0].upper()}{sentence[1:]}".strip()
 
 
 def details(trial: Trial, seen: Observation) -> str:
@@ -151,7 +150,7 @@ def _form(trial: Trial, seen: Observation) -> str:
         return f"it has to return {named[0]}; yours returns {named[1] or 'nothing'}"
     for name, value in expected.items():
         if got[name] is None:
-            return f"`{name}` is None: is a return missing"
+            return f"`{name}` is None; a return may be missing"
         if isinstance(value, Tensor) != isinstance(got[name], Tensor):
             kinds = [type(x).__name__ for x in (value, got[name])]
             return f"`{name}` has to be a {kinds[0]}, yours is a {kinds[1]}"
