@@ -79,6 +79,10 @@ def _unmasked(rewards, values, mask, gamma=1.0, lam=0.95):
     return _gae(rewards, values, torch.ones_like(mask), gamma, lam)
 
 
+def _filled_but_not_skipped(rewards, values, mask, gamma=1.0, lam=0.95):
+    return _unmasked(rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0), mask, gamma, lam)
+
+
 def _masked_at_the_end(rewards, values, mask, gamma=1.0, lam=0.95):
     found = _unmasked(rewards, values, mask, gamma, lam)
     return tuple(x.masked_fill(~mask, 0) for x in found)
@@ -228,6 +232,11 @@ check_gae = Check(
             "a masked position inside a row is a step like any other: it is stepped over, as if "
             "it were absent",
             _part(step=(False, False)),
+        ),
+        Mistake(
+            "a masked position inside a row is a step like any other and has an advantage of its "
+            "own: it is stepped over, as if it were absent, and stays 0",
+            _filled_but_not_skipped,
         ),
         Mistake(
             "the advantage steps over a hole, the next value does not: it is that of the next "

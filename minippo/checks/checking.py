@@ -7,8 +7,8 @@ float64. The first trial that shows something else is reported.
 
 A mistake is named if the function shows what that mistake shows on every trial that is looked at:
 the plain ones (worked and drawn) by their first output if that is wrong there, else by all outputs
-if one is wrong there, else all trials. So the forgotten minus is found also in a function that
-besides knows nothing of holes or NaN.
+if one is wrong there; else those and the edge, if it is wrong there; else all trials. So the
+forgotten minus is found also in a function that besides knows nothing of holes or NaN.
 """
 
 import functools
@@ -162,9 +162,10 @@ class Check:
 
     def recognise(self, seen: list[Observation]) -> Mistake | None:
         """The known mistake that shows the same as a function, if there is one."""
-        plain = [n for n, trial in enumerate(self.trials) if trial.kind in PLAIN]
-        for view, looked_at in ((first_only, plain), (whole, plain), (whole, range(len(seen)))):
-            shown = [(self.trials[n], view(seen[n])) for n in looked_at]
+        stages = (first_only, PLAIN), (whole, PLAIN), (whole, (*PLAIN, "edge")), (whole, KINDS)
+        pairs = list(zip(self.trials, seen, strict=True))
+        for view, kinds in stages:
+            shown = [(trial, view(sight)) for trial, sight in pairs if trial.kind in kinds]
             if all(same_sight(sight, view(trial.expected), trial) for trial, sight in shown):
                 continue
             return next((m for m in self.mistakes if self._shows(m, shown, view)), None)

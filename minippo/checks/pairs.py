@@ -113,7 +113,11 @@ check_parse_pair = Check(
     cases=(
         Case(_row(f"{START} yes", f"{START} no"), _pair("hi", "yes", "no")),
         Case(_row(f"{START} yes\nand so on ", f"{START}no"), _pair("hi", "yes\nand so on", "no")),
-        Case(_row(f"{START} yes", f"{START} no", margin=2), _pair("hi", "yes", "no", margin=2.0)),
+        Case(
+            _row(f"{START} yes", f"{START} no", margin=2),
+            _pair("hi", "yes", "no", margin=2.0),
+            edge=True,
+        ),
         Case(  # a tag begins after a blank line; this is text
             _row(f"{START} say\nHuman: ok", f"{START} no"), _pair("hi", "say\nHuman: ok", "no")
         ),

@@ -100,6 +100,11 @@ check_per_token_rewards = Check(
             lambda *args: _rewards(*args, _at(args[2], args[2].sum(1, keepdim=True) - 1)),
         ),
         Mistake(
+            "the tokens that count were counted to find the last one; where the mask has a hole "
+            "that is a place too early, and the mask may take the score away there",
+            lambda *args: _rewards(*args, _at(args[2], args[2].sum(1, keepdim=True) - 1) & args[2]),
+        ),
+        Mistake(
             "the KL was added: it is a penalty, and is subtracted",
             lambda scores, kl, mask, kl_coef: _rewards(scores, kl, mask, -kl_coef),
         ),

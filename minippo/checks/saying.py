@@ -69,15 +69,15 @@ def details(trial: Trial, seen: Observation) -> str:
         both = [x.gradient if name != of else x.outputs for x in (trial.expected, seen)]
         what = name if name == of else f"gradient with respect to {of}"
         if of in both[0]:
-            texts = _told_apart(both[0][of], both[1].get(of, "nothing"))
+            texts = _told_apart(both, of)
             lines += zip(("expected", "got"), (f"{what} = {text}" for text in texts), strict=True)
     return "\n".join(f"  {word:<8}  {text}" for word, text in lines)
 
 
-def _told_apart(wanted: object, got: object) -> list[str]:
-    """Both values, with more digits if they look the same with few."""
-    texts = [show(value) for value in (wanted, got)]
-    return texts if texts[0] != texts[1] else [show(value, 9) for value in (wanted, got)]
+def _told_apart(both: list[dict[str, object]], name: str) -> list[str]:
+    """A value of both, with more digits if they look the same with few."""
+    few, many = ([show(x[name], n) if name in x else "nothing" for x in both] for n in (4, 9))
+    return few if few[0] != few[1] else many
 
 
 def show(value: object, digits: int = 4) -> str:
