@@ -1,9 +1,15 @@
-"""Writing files so that a full disk or a kill leaves the old ones whole."""
+"""Writing files so that a full disk or a kill leaves the old ones whole, and by one process only."""
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+if sys.platform != "win32":  # which has no flock: there, nothing keeps two runs apart
+    import fcntl
+
+_HELD: dict[Path, object] = {}  # the open lock files of this process
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -17,6 +23,7 @@ def write_file(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         sync(partial)
         partial.replace(path)
+        sync(path.parent, below=False)
     except OSError as error:
         raise ValueError(disk_message(path, error)) from error
     finally:
@@ -24,16 +31,66 @@ def write_file(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Asks the disk to keep a file, or every file of a folder and the folder itself."""
+def sync(path: Path, below: bool = True) -> None:
+    """Asks the disk to keep a file, or a folder: the names in it, and with `below` every file."""
     if sys.platform == "win32":
         return  # Windows opens no folder, and flushes no file that is open for reading only
-    for item in [*path.rglob("*"), path] if path.is_dir() else [path]:
+    for item in [*path.rglob("*"), path] if below and path.is_dir() else [path]:
         handle = os.open(item, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> None:
+    """Keeps other processes out of a folder until `unlock`, or until this process ends.
+
+    The kernel holds the lock (flock) and lets it go when the process dies, however it dies.
+    Raises ValueError with the number of the process that has it.
+    """
+    path = folder / ".lock"
+    if sys.platform == "win32" or _holds(path):
+        return
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(disk_message(path, error)) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "of an unknown number"
+        file.close()
+        message = f"{folder} is in use by process {holder}; wait until it ends"
+        raise ValueError(f"{message}, or choose another --name") from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _HELD[path.absolute()] = file
+
+
+def unlock(folder: Path) -> None:
+    """Lets other processes into a folder that this one has locked, if it has."""
+    file = _HELD.pop((folder / ".lock").absolute(), None)
+    if file is not None:
+        file.close()
+
+
+def _holds(path: Path) -> bool:
+    """Whether this process has locked that very file, and not one that stood there before."""
+    file = _HELD.get(path.absolute())
+    if file is None or not path.exists():
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def disk_message(path: Path, error: Exception) -> str:

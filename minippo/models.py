@@ -15,11 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minippo.checkpoints import (
+    check_claims,
+    check_folder,
+    check_sizes,
+    read_settings,
+    tensor_shapes,
+)
 from minippo.config import DATA_DIR
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network
+# Whatever is loaded: no code of a checkpoint's own.
+SAFE = {"trust_remote_code": False}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "config.json")
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -87,12 +98,14 @@ def resolve_checkpoint(path_or_name) -> str:
 def load_tokenizer(path_or_name):
     """The tokenizer saved beside a checkpoint. Without a padding token EOS pads.
 
-    Raises ValueError if there is none, or if it has no EOS.
+    Raises ValueError if there is none, if it is damaged, or if it has no EOS.
     """
     from transformers import AutoTokenizer
 
     with _reading(path_or_name) as path:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        if Path(path).is_dir():
+            _check_tokenizer_files(Path(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     if tokenizer.eos_token_id is None:
         message = f"the tokenizer of {path_or_name} has no EOS token"
         raise ValueError(f"{message}; answers could never end: set eos_token")
@@ -101,11 +114,18 @@ def load_tokenizer(path_or_name):
     return tokenizer
 
 
+def _check_tokenizer_files(folder: Path) -> None:
+    check_folder(folder, TOKENIZER_FILES)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_settings(folder / name)
+
+
 def load_policy(path_or_name):
     """A causal language model in float32, dropout off, from a shipped name, a folder or the hub.
 
-    Raises ValueError if there is none, or if it takes no position ids: left padding would shift
-    its answers.
+    Raises ValueError if there is none, if its weights are not what its config says, or if it takes
+    no position ids: left padding would shift its answers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -138,12 +158,35 @@ def _reading(path_or_name):
 
 
 def _loaded(kind, path_or_name, **options):
+    """A model with exactly the weights that were saved, all of them finite, in float32."""
+    options |= SAFE
     with _reading(path_or_name) as path:
-        model = kind.from_pretrained(path, dtype=torch.float32, **options)
+        if Path(path).is_dir():
+            _check_weights(kind, Path(path), options)
+        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, found = kind.from_pretrained(path, **options)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[problem]:
+                names = sorted(map(str, found[problem]))
+                raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(names[:3])}")
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.clone()  # out of the file's memory map, aligned
+            if not parameter.isfinite().all():
+                raise ValueError(f"{name} has a weight that is NaN or infinite")
     _fuse_gelu(model)
-    for parameter in model.parameters():  # out of the file's memory map, into aligned memory
-        parameter.data = parameter.data.clone()
     return model
+
+
+def _check_weights(kind, folder: Path, options: dict) -> None:
+    """Compares config and weight files before a tensor is allocated; ValueError if they differ."""
+    from transformers import AutoConfig
+
+    check_folder(folder)
+    shapes = tensor_shapes(folder)
+    check_claims(folder, shapes)
+    config = AutoConfig.from_pretrained(folder, **options)
+    with torch.device("meta"):
+        check_sizes(kind.from_config(config, **SAFE), shapes)
 
 
 def _fuse_gelu(model) -> None:
@@ -364,9 +407,18 @@ class RewardModel(_ScalarHead):
         with _reading(path_or_name) as path:
             stats = Path(path) / "reward_stats.json"
             if stats.is_file():
-                saved = json.loads(stats.read_text(encoding="utf-8"))
-                model.mean, model.std = float(saved["mean"]), float(saved["std"])
+                model.mean, model.std = _score_stats(stats)
         return model
+
+
+def _score_stats(path: Path) -> tuple[float, float]:
+    saved = read_settings(path)
+    for name in ("mean", "std"):
+        if type(saved.get(name)) not in (int, float):
+            raise ValueError(f"{path.name}: {name} is {saved.get(name)!r}, which is no number")
+    if saved["std"] <= 0:
+        raise ValueError(f"{path.name}: std is {saved['std']}; it must be greater than 0")
+    return float(saved["mean"]), float(saved["std"])
 
 
 class ValueModel(_ScalarHead):
