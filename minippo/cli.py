@@ -60,12 +60,12 @@ def demo(
 
     configs = {"sft": sft, "reward": reward, "value": value, "ppo": ppo, "eval": eval}
     began = time.perf_counter()
-    opened, source = _open(run, configs, overwrite)
-    result = stages.demo_stages(opened, source)
-    print("\n" + stages.table_text(result["table"]))
-    minutes, gflops = (time.perf_counter() - began) / 60, stages.matmul_gflops()
-    summary = {"minutes": minutes, "gflops": gflops, "resumed": run.resume}
-    opened.write_json("summary.json", summary)
+    with _open(run, configs, overwrite) as (opened, source):
+        result = stages.demo_stages(opened, source)
+        print("\n" + stages.table_text(result["table"]))
+        minutes, gflops = (time.perf_counter() - began) / 60, stages.matmul_gflops()
+        summary = {"minutes": minutes, "gflops": gflops, "resumed": run.resume}
+        opened.write_json("summary.json", summary)
     print(f"\n{minutes:.1f} minutes on a machine of {gflops:.0f} GFLOP/s")
     print(f"report: {opened.folder / 'report.html'}")
     print(f"talk to both: minippo chat {run.options()}")
@@ -79,7 +79,8 @@ def pretrain(
     """Train tokenizer and base model on the text of --data (TinyHH: several minutes)."""
     from minippo import stages
 
-    stages.pretrain_stage(*_open(run, {"pretrain": config}, overwrite), config)
+    with _open(run, {"pretrain": config}, overwrite) as (opened, source):
+        stages.pretrain_stage(opened, source, config)
 
 
 def sft(
@@ -90,7 +91,8 @@ def sft(
     """Fine-tune the base on demonstrations; on a file, on its chosen answers."""
     from minippo import stages
 
-    stages.sft_stage(*_open(run, {"sft": config}, overwrite), config)
+    with _open(run, {"sft": config}, overwrite) as (opened, source):
+        stages.sft_stage(opened, source, config)
 
 
 def reward(
@@ -101,7 +103,8 @@ def reward(
     """Train the reward model on ranked candidates of the SFT model, or on given pairs."""
     from minippo import stages
 
-    stages.reward_stage(*_open(run, {"reward": config}, overwrite), config)
+    with _open(run, {"reward": config}, overwrite) as (opened, source):
+        stages.reward_stage(opened, source, config)
 
 
 def value(
@@ -117,7 +120,8 @@ def value(
     """
     from minippo import stages
 
-    stages.value_stage(*_open(run, {"value": config}, overwrite, ppo), config, ppo)
+    with _open(run, {"value": config}, overwrite, ppo) as (opened, source):
+        stages.value_stage(opened, source, config, ppo)
 
 
 def ppo(
@@ -133,16 +137,16 @@ def ppo(
     """
     from minippo import stages
 
-    opened, source = _open(run, {"ppo": config}, overwrite)
-    if not opened.finished("value"):
-        opened.add_stage("value", value)
-        stages.value_stage(opened, source, value, config)
-    elif value not in (ValueConfig(), opened.settings("value", ValueConfig)):
-        message = f"the critic of {opened.folder} is warmed up already; leave out --value.*"
-        raise ValueError(f"{message}, or redo it: `minippo value {run.options()} --overwrite`")
-    else:
-        opened.check_critic()
-    stages.ppo_stage(opened, source, config)
+    with _open(run, {"ppo": config}, overwrite) as (opened, source):
+        if not opened.finished("value"):
+            opened.add_stage("value", value)
+            stages.value_stage(opened, source, value, config)
+        elif value not in (ValueConfig(), opened.settings("value", ValueConfig)):
+            message = f"the critic of {opened.folder} is warmed up already; leave out --value.*"
+            raise ValueError(f"{message}, or redo it: `minippo value {run.options()} --overwrite`")
+        else:
+            opened.check_critic()
+        stages.ppo_stage(opened, source, config)
 
 
 def evaluate(
@@ -159,10 +163,10 @@ def evaluate(
     from minippo import stages
     from minippo.report import write_report
 
-    opened, source = _open(run, {"eval": config}, overwrite)
-    result = stages.evaluate_stage(opened, source, config)
-    print("\n" + stages.table_text(result["table"]))
-    print(f"\nreport: {write_report(opened.folder)}")
+    with _open(run, {"eval": config}, overwrite) as (opened, source):
+        result = stages.evaluate_stage(opened, source, config)
+        print("\n" + stages.table_text(result["table"]))
+        print(f"\nreport: {write_report(opened.folder)}")
 
 
 def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
@@ -225,14 +229,20 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
 def _open(run: RunConfig, configs: dict, overwrite: bool, ppo: PPOConfig | None = None):
+    """A run and its rows; no other process gets into the run's folder meanwhile."""
     from minippo.run import Run
     from minippo.sources import Source
 
     source = Source(run.data, run.limit, run.split)
     if source.report:
         print(source.report)
-    return Run(run, configs, overwrite, ppo), source
+    opened = Run(run, configs, overwrite, ppo)
+    try:
+        yield opened, source
+    finally:
+        opened.unlock()
 
 
 def main(arguments: list[str] | None = None) -> None:

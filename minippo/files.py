@@ -1,4 +1,4 @@
-"""Writing files so that a full disk or a kill leaves the old ones whole, and by one process only."""
+"""Writing files so that a full disk or a kill leaves the old ones whole; one process at a time."""
 
 import os
 import shutil
@@ -58,20 +58,20 @@ def lock(folder: Path) -> None:
     Raises ValueError with the number of the process that has it.
     """
     path = folder / ".lock"
-    if sys.platform == "win32" or _holds(path):
+    if sys.platform == "win32" or _is_file(_HELD.get(path.absolute()), path):
         return
     try:
         file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(disk_message(path, error)) from error
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        holder = file.read().strip() or "of an unknown number"
-        file.close()
+        holder = file.read() or "of an unknown number"
         message = f"{folder} is in use by process {holder}; wait until it ends"
         raise ValueError(f"{message}, or choose another --name") from error
+    except OSError as error:
+        raise ValueError(disk_message(path, error)) from error
+    if not _is_file(file, path):  # its holder has removed it between our two calls
+        return lock(folder)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -80,14 +80,16 @@ def lock(folder: Path) -> None:
 
 def unlock(folder: Path) -> None:
     """Lets other processes into a folder that this one has locked, if it has."""
-    file = _HELD.pop((folder / ".lock").absolute(), None)
+    path = folder / ".lock"
+    file = _HELD.pop(path.absolute(), None)
+    if _is_file(file, path):
+        path.unlink()
     if file is not None:
         file.close()
 
 
-def _holds(path: Path) -> bool:
-    """Whether this process has locked that very file, and not one that stood there before."""
-    file = _HELD.get(path.absolute())
+def _is_file(file, path: Path) -> bool:
+    """Whether an open file is the one that stands there now."""
     if file is None or not path.exists():
         return False
     return os.path.samestat(os.fstat(file.fileno()), path.stat())

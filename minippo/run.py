@@ -2,31 +2,40 @@
 
 A run folder holds config.json, metrics.jsonl (the same bytes for the same seed on the same machine;
 times are in times.jsonl), one folder per stage with versioned checkpoints and a pointer to the
-latest, and what the evaluation writes.
+latest, and what the evaluation writes. docs/checkpoints.md says why a kill at any moment is safe.
 """
 
 import json
 import math
+import re
 import shutil
 import signal
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from minippo.checkpoints import (
+    check_checksums,
+    read_json,
+    restore_training,
+    training_tensors,
+    write_checksums,
+)
 from minippo.config import RunConfig
-from minippo.files import disk_message, sync, write_file
+from minippo.files import disk_message, lock, remove, sync, unlock, write_file
 from minippo.optim import Hooks, NonFiniteError
 
 POINTER = "latest"
+CHECKPOINT = re.compile(r"final|step-\d{6,}")  # the names a pointer may hold
 ORDER = ("pretrain", "sft", "reward", "value", "ppo", "eval")  # each builds on those before it
 # What depends on all stages.
 RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html", "summary.json")
+STEP_FILES = ("metrics.jsonl", "times.jsonl")  # a row per step
 INPUTS = ("seed", "data", "split", "limit", "base")  # of RunConfig: what the numbers depend on
 # Of PPOConfig: what the rewards depend on that a critic is warmed up on.
 REWARD = ("max_prompt_tokens", "max_response_tokens", "temperature")
@@ -47,6 +56,10 @@ class Run(Hooks):
         self.tokenizer, self.bar, self.state, self.stopping = None, None, {}, False
         self.begun = False
         self.discarded: tuple[str, ...] = ()  # what --overwrite replaces, gone once the run begins
+        self.is_new = not self.folder.is_dir()
+        if not self.is_new:
+            lock(self.folder)
+            self._discard()
         self._check(overwrite)
 
     def _check(self, overwrite: bool) -> None:
@@ -106,8 +119,11 @@ class Run(Hooks):
     def _known(self) -> dict:
         path = self.folder / "config.json"
         try:
-            return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-        except (ValueError, TypeError) as error:
+            known = read_json(path) if path.is_file() else {}
+            if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+                raise ValueError("its parts are no JSON objects")
+            return known
+        except ValueError as error:
             message = f"{path} does not hold the settings of a run ({error}); put it right"
             raise ValueError(f"{message}, or choose another --name") from error
 
@@ -115,25 +131,62 @@ class Run(Hooks):
         """The first write of a run: what was refused before it has left no trace."""
         if self.begun:
             return
-        known = {k: v for k, v in self._known().items() if k not in self.discarded}
-        self._discard()
+        self._lock_new_folder()
+        gone, self.discarded = self.discarded, ()
+        known = {k: v for k, v in self._known().items() if k not in gone}
         run = {k: v for k, v in asdict(self.config).items() if k not in ("resume", "out")}
         begun = known.get("run", {}).get("begun", {})
         run["begun"] = begun | {name: self._inputs(name) for name in self.stages}
+        if gone:
+            run["discarding"] = gone
         settings = {name: asdict(config) for name, config in self.stages.items()}
         self._write("config.json", _dumps("config.json", {**known, "run": run, **settings}))
+        self._discard()
+        self._sweep()
         self.begun = True
 
+    def _lock_new_folder(self) -> None:
+        """What stood in the way of a new run was looked for before there was a lock."""
+        if not self.is_new:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(disk_message(self.folder, error)) from error
+        lock(self.folder)
+        if self._known():
+            message = f"another process has begun a run in {self.folder} meanwhile"
+            raise ValueError(f"{message}; choose another --name")
+        self.is_new = False
+
     def _discard(self) -> None:
-        """Removes what --overwrite replaces."""
-        gone, self.discarded = self.discarded, ()
-        for name in gone:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        made = [*RESULTS, *(f"{stage}.json" for stage in gone)]
+        """Removes what --overwrite replaces.
+
+        config.json names it first, without the old settings, and forgets it last. So a kill in
+        between leaves no half of an old run that counts: the next command ends what was begun.
+        """
+        known = self._known()
+        marked = known.get("run", {}).pop("discarding", ())
+        gone = [stage for stage in ORDER if stage in marked]
+        if not gone:
+            return
+        made = [*RESULTS, *gone, *(f"{stage}.json" for stage in gone)]
         made += ["candidates.jsonl"] if "reward" in gone else []
-        for name in made if gone else ():
-            (self.folder / name).unlink(missing_ok=True)
-        self._keep_metrics(lambda stage, step: stage not in gone)
+        for name in made:
+            remove(self.folder / name)
+        self._keep_rows(lambda stage, step: stage not in gone)
+        self._write("config.json", _dumps("config.json", known))
+
+    def _sweep(self) -> None:
+        """Removes what a kill left behind: half-written files, checkpoints nothing points to."""
+        for path in self.folder.glob(".*.partial"):
+            remove(path)
+        for stage in ORDER:
+            kept = self.latest(stage)
+            for path in (self.folder / stage).glob("*"):
+                ours = CHECKPOINT.fullmatch(path.name) or path.match(".*.partial")
+                if ours and path != kept:
+                    remove(path)
 
     def add_stage(self, name: str, config) -> None:
         """A further stage that this run goes through."""
@@ -159,8 +212,10 @@ class Run(Hooks):
         if self.config.resume and latest is not None:
             first = self._restore(latest)
         else:
-            shutil.rmtree(self.folder / stage, ignore_errors=True)
-        self._keep_metrics(lambda name, step: name != stage or step < first)
+            remove(self.folder / stage / POINTER)  # first: what it names must be whole
+            remove(self.folder / stage)
+        self._keep_rows(lambda name, step: name != stage or step < first)
+        self._check_rows(stage, first)
         self.bar = tqdm(total=total, initial=first, desc=f"{stage:10s}", unit="step", leave=True)
         self.began = time.perf_counter()
         self._catch_ctrl_c()
@@ -206,28 +261,41 @@ class Run(Hooks):
         Raises NonFiniteError if a weight is NaN or infinite, ValueError if the disk is full.
         """
         self._check_finite(stage)
-        name = "final" if finished else f"step-{step:06d}"
-        folder, target = self.folder / stage / f".{name}.partial", self.folder / stage / name
+        name, place = "final" if finished else f"step-{step:06d}", self.folder / stage
+        folder, target = place / f".{name}.partial", place / name
+        if target == self.latest(stage):
+            return target  # the same step has the same bytes, and the pointer's folder never goes
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             folder.mkdir(parents=True)
-            self._write_models(folder)
-            if not finished:
-                save_file(_tensors(self.state), folder / "training.safetensors")
-            progress = self.state.get("progress", {})
-            marks = {"step": step, "finished": finished, "progress": progress}
-            (folder / "state.json").write_bytes(_dumps("state.json", marks))
+            self._write_checkpoint(folder, step, finished)
             sync(folder)
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             folder.rename(target)
+            self._sync_names(stage)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise ValueError(disk_message(target, error)) from error
         self._write(f"{stage}/{POINTER}", name.encode())
-        for old in (self.folder / stage).glob("step-*"):
+        for old in place.glob("step-*"):
             if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
         return target
+
+    def _write_checkpoint(self, folder: Path, step: int, finished: bool) -> None:
+        self._write_models(folder)
+        if not finished:
+            save_file(training_tensors(self.state), folder / "training.safetensors")
+        progress = self.state.get("progress", {})
+        marks = {"step": step, "finished": finished, "progress": progress}
+        (folder / "state.json").write_bytes(_dumps("state.json", marks))
+        write_checksums(folder)
+
+    def _sync_names(self, stage: str) -> None:
+        """So that a checkpoint on the disk has its name there, and the metrics it stands on."""
+        for path in (self.folder / stage, self.folder / "metrics.jsonl", self.folder):
+            if path.exists():
+                sync(path, below=False)
 
     def _check_finite(self, stage: str) -> None:
         """Trainings look at their weights after each step; this is where none can pass by."""
@@ -246,23 +314,24 @@ class Run(Hooks):
             save_model(model, None if position else self.tokenizer, place)
 
     def _restore(self, folder: Path) -> int:
-        marks = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "training.safetensors")
-        for name, part in self.state.items():
-            if isinstance(part, nn.Module):
-                _load_parameters(part, tensors, name)
-            elif isinstance(part, torch.optim.Optimizer):
-                _load_optimizer(part, tensors, name)
-            else:
-                part.update(marks[name])
-        return marks["step"]
+        try:
+            check_checksums(folder)
+            marks = read_json(folder / "state.json")
+            restore_training(self.state, load_file(folder / "training.safetensors"), marks)
+            return marks["step"]
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            message = f"{folder} cannot be resumed: {error}; put it back as it was saved"
+            raise ValueError(f"{message}, or start the stage again with --overwrite") from error
 
     def latest(self, stage: str) -> Path | None:
-        """The folder of a stage's latest checkpoint, if it has one."""
+        """The folder of a stage's latest checkpoint, if it has one.
+
+        Raises ValueError if the pointer names none that is there.
+        """
         pointer = self.folder / stage / POINTER
         if stage in self.discarded or not pointer.is_file():
             return None
-        return self.folder / stage / pointer.read_text().strip()
+        return pointed(pointer)
 
     def begun_before(self, stage: str) -> bool:
         """Whether this run has such a stage, finished or not."""
@@ -287,15 +356,39 @@ class Run(Hooks):
 
     # files
 
-    def _keep_metrics(self, kept) -> None:
-        """Drops the rows of metrics.jsonl for which not kept(stage, step), and a torn last line."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        rows = [(line, json.loads(line)) for line in whole]
-        left = [line for line, row in rows if kept(row["stage"], row["step"])]
-        if left != lines:
-            self._write("metrics.jsonl", b"".join(left))
+    def unlock(self) -> None:
+        """Lets other processes into the folder; this one is done with it."""
+        unlock(self.folder)
+
+    def _keep_rows(self, kept) -> None:
+        """Drops the rows of a step for which not kept(stage, step), and a torn last line."""
+        for name in STEP_FILES:
+            path, rows = self.folder / name, self._rows(name)
+            left = b"".join(line for line, stage, step in rows if kept(stage, step))
+            if path.is_file() and left != path.read_bytes():
+                self._write(name, left)
+
+    def _rows(self, name: str) -> list[tuple[bytes, str, int]]:
+        """The whole lines of a file that has one per step, each with its stage and its step."""
+        path, rows = self.folder / name, []
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+                rows.append((line, str(row["stage"]), int(row["step"])))
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{path}, line {len(rows) + 1} is no row of a step ({error!r})"
+                raise ValueError(f"{message}; put it right, or choose another --name") from error
+        return rows
+
+    def _check_rows(self, stage: str, first: int) -> None:
+        """Raises ValueError if metrics.jsonl lacks what a stage had written at its checkpoint."""
+        steps = [step for _, name, step in self._rows("metrics.jsonl") if name == stage]
+        if steps != list(range(first)):
+            path = self.folder / "metrics.jsonl"
+            message = f"{path} does not hold the first {first} steps of {stage} in order"
+            raise ValueError(f"{message}; put it back, or start the stage again with --overwrite")
 
     def _append(self, name: str, row: dict) -> None:
         path, line = self.folder / name, _dumps(name, row, indent=None)
@@ -331,11 +424,20 @@ class Run(Hooks):
         self.handler = signal.default_int_handler if before is None else before
 
 
+def pointed(pointer: Path) -> Path:
+    """The checkpoint that a pointer file names; ValueError if it is none that is there."""
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not CHECKPOINT.fullmatch(name) or not (pointer.parent / name).is_dir():
+        message = f"{pointer} names {name!r}, which is no checkpoint there"
+        raise ValueError(f"{message}; put it back, or start the stage again with --overwrite")
+    return pointer.parent / name
+
+
 def final_checkpoint(folder: Path, stage: str) -> Path:
     """The model that a finished stage left in a run's folder; ValueError if there is none."""
-    final = folder / stage / "final"
-    if final.is_dir():
-        return final
+    pointer = folder / stage / POINTER
+    if pointer.is_file() and pointed(pointer).name == "final":
+        return folder / stage / "final"
     options = RunConfig(name=folder.name, out=folder.parent).options()
     remedy = f"run `minippo {stage} {options}` first, with --resume if it was stopped"
     raise ValueError(f"{folder} has no finished stage {stage!r}; {remedy}")
@@ -370,34 +472,6 @@ def _not_finite(value, place: str = ""):
     items = enumerate(value) if isinstance(value, (list, tuple)) else items
     for key, inner in items:
         yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
-
-
-def _tensors(state: dict) -> dict[str, torch.Tensor]:
-    """Every parameter and every optimizer moment under a flat name."""
-    flat = {}
-    for name, part in state.items():
-        if isinstance(part, nn.Module):
-            flat |= {f"{name}/{key}": value.detach() for key, value in part.named_parameters()}
-        elif isinstance(part, torch.optim.Optimizer):
-            for index, moments in part.state_dict()["state"].items():
-                flat |= {f"{name}/{index}/{key}": value for key, value in moments.items()}
-    return {key: value.contiguous() for key, value in flat.items()}
-
-
-def _load_parameters(model: nn.Module, tensors: dict, name: str) -> None:
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"{name}/{key}"])
-
-
-def _load_optimizer(optimizer, tensors: dict, name: str) -> None:
-    saved = optimizer.state_dict()
-    for key, value in tensors.items():
-        owner, _, rest = key.partition("/")
-        if owner == name:
-            index, _, moment = rest.partition("/")
-            saved["state"].setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict(saved)
 
 
 def _short(metrics: dict[str, float]) -> dict[str, str]:

@@ -245,6 +245,7 @@ def save_run(folder, stages, policy=None, tokenizer=None, width=16):
         model, target = models.get(stage, policy), folder / stage / "final"
         (model.save if stage in models else model.save_pretrained)(target)
         tokenizer.save_pretrained(target)
+        (target.parent / "latest").write_text("final")
     return {stage: models.get(stage, policy) for stage in stages}, tokenizer
 
 

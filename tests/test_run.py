@@ -388,7 +388,7 @@ def the_line(said: str) -> str:
     ("target", "name", "calls"),
     [
         (run_module, "save_file", 1),
-        (os, "fsync", 12),
+        (os, "fsync", 20),
         (Path, "write_bytes", 3),  # the state of the second checkpoint
         (Path, "write_bytes", 4),  # the pointer to it
         (Path, "rename", 1),
