@@ -63,6 +63,11 @@ def lock(folder: Path) -> None:
     try:
         file = path.open("a+", encoding="utf-8")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_file(file, path):  # its holder has removed it between our two calls
+            return lock(folder)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read() or "of an unknown number"
@@ -70,11 +75,6 @@ def lock(folder: Path) -> None:
         raise ValueError(f"{message}, or choose another --name") from error
     except OSError as error:
         raise ValueError(disk_message(path, error)) from error
-    if not _is_file(file, path):  # its holder has removed it between our two calls
-        return lock(folder)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
     _HELD[path.absolute()] = file
 
 

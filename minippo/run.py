@@ -59,8 +59,12 @@ class Run(Hooks):
         self.is_new = not self.folder.is_dir()
         if not self.is_new:
             lock(self.folder)
-            self._discard()
-        self._check(overwrite)
+        try:
+            self._end_what_was_killed()
+            self._check(overwrite)
+        except BaseException:
+            unlock(self.folder)
+            raise
 
     def _check(self, overwrite: bool) -> None:
         """Refuses what contradicts the folder; writes nothing yet."""
@@ -142,7 +146,6 @@ class Run(Hooks):
         settings = {name: asdict(config) for name, config in self.stages.items()}
         self._write("config.json", _dumps("config.json", {**known, "run": run, **settings}))
         self._discard()
-        self._sweep()
         self.begun = True
 
     def _lock_new_folder(self) -> None:
@@ -158,6 +161,12 @@ class Run(Hooks):
             message = f"another process has begun a run in {self.folder} meanwhile"
             raise ValueError(f"{message}; choose another --name")
         self.is_new = False
+
+    def _end_what_was_killed(self) -> None:
+        """Nothing is decided here: it only ends a removal, or forgets what was never whole."""
+        if self._known():
+            self._discard()
+            self._sweep()
 
     def _discard(self) -> None:
         """Removes what --overwrite replaces.

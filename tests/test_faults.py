@@ -1,0 +1,258 @@
+"""A kill or a full disk at every single step of what a run writes.
+
+The steps are those of the system: a folder made, a file opened, half of its bytes written, a flush,
+a rename, a file removed. A run dies at the first of them, the next run at the second, and so on
+until one gets to its end. `python -m tests.faults` kills whole demos, at random moments.
+"""
+
+import errno
+import io
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_runs import forked
+
+from minippo import run as run_module
+from minippo.config import PPOConfig, RunConfig
+from minippo.optim import adamw
+from minippo.run import Run
+
+STEPS, DEAD = 3, 77
+REMOVALS = ("unlink", "rmdir")
+CALLS = ("mkdir", "fsync", "rename", "replace")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_disk_that_is_quick():
+    """fsync waits for the disk to survive a power cut; here only processes die."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+# a training that is over at once
+
+
+class Weights(torch.nn.Module):
+    """A model of three weights. What `transformers` writes, whole demos are killed at."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(3, generator=generator))
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        run_module.save_file({"weight": self.weight.detach()}, folder / "model.safetensors")
+
+
+def train(out: Path, seed: int = 0, resume: bool = False, overwrite: bool = False) -> None:
+    """Three steps of two models under one optimizer, and every kind of file that a run has."""
+    config = RunConfig(name="r", out=out, seed=seed, resume=resume)
+    run = Run(config, {"ppo": PPOConfig(save_every=2)}, overwrite)
+    models = {"policy": Weights(seed), "value": Weights(seed + 10)}
+    optimizer = adamw(models, {"policy": 1e-2, "value": 1e-2})
+    progress = {"kl_coef": 0.5}
+    state = {**models, "optimizer": optimizer, "progress": progress}
+    run.write_rows("candidates.jsonl", [{"seed": seed}])
+    try:
+        for step in range(run.start("ppo", STEPS, state), STEPS):
+            loss = sum((model.weight - step).square().mean() for model in models.values())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress["kl_coef"] *= 1.1
+            run.step("ppo", step, {"loss/total": loss.item(), **progress})
+        run.write_json("ppo.json", progress)
+        run.write_rows("samples.jsonl", [progress])
+        run.finish("ppo")
+    finally:
+        run.close()
+        run.unlock()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, also those that should not be there, but for the times."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "times.jsonl"]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[int, Path]:
+    """Uninterrupted runs of two seeds: the folders that hold them."""
+    outs = {seed: tmp_path_factory.mktemp(f"whole-{seed}") for seed in (0, 1)}
+    for seed, out in outs.items():
+        train(out, seed)
+    return outs
+
+
+# one fault
+
+
+class Torn:
+    """A file of which each write is a step: a fault lets half of the bytes through."""
+
+    def __init__(self, file, fault):
+        self.file, self.fault = file, fault
+
+    def write(self, data):
+        if self.fault.is_here():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            self.fault.strike()
+        return self.file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+class Dead(BaseException):
+    """Stands for a kill within this process: no further step does anything either."""
+
+
+def die():
+    """A kill of the process itself."""
+    os._exit(DEAD)
+
+
+def die_in_process():
+    raise Dead
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Fault:
+    """Counts the steps, and strikes at the given one and at all that follow."""
+
+    def __init__(self, at: int, patch: pytest.MonkeyPatch, strike):
+        self.left, self.strike = at, strike
+        for name in CALLS if strike is disk_full else (*CALLS, *REMOVALS):  # it lets go of files
+            patch.setattr(os, name, self.before(getattr(os, name)))
+        patch.setattr(run_module, "save_file", self.saved)
+        patch.setattr(io, "open", partial(self.opened, io.open))
+
+    def is_here(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+    def before(self, call):
+        def stepped(*args, **kwargs):
+            if self.is_here():
+                self.strike()
+            return call(*args, **kwargs)
+
+        return stepped
+
+    def saved(self, tensors, path):
+        """save_file writes by itself: its steps are all of the file, and half of it."""
+        hit = self.is_here()
+        save_file(tensors, path)
+        if hit:
+            os.truncate(path, path.stat().st_size // 2)
+            self.strike()
+
+    def opened(self, original, file, mode="r", *args, **kwargs):
+        if not set(mode) & set("wax+"):
+            return original(file, mode, *args, **kwargs)
+        if self.is_here():
+            self.strike()
+        return Torn(original(file, mode, *args, **kwargs), self)
+
+
+def struck(action, at: int, strike) -> str:
+    """What ended the action, or nothing if it was through before the fault struck."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            Fault(at, patch, strike)
+            action()
+    except (Dead, ValueError) as end:
+        return str(end) or "dead"
+    return ""
+
+
+def struck_child(action, at: int, log: Path) -> str:
+    """The same of a process of its own, which is really dead then."""
+    child = forked(lambda: print(struck(action, at, die)), log)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, DEAD), log.read_text()
+    return "dead" if status == DEAD else ""
+
+
+def go_on(out: Path, seed: int) -> None:
+    """What a person types next: --resume; a run that was not begun is begun again."""
+    begun = out / "r" / "config.json"
+    if not begun.is_file() or json.loads(begun.read_bytes())["run"]["seed"] != seed:
+        return train(out, seed, overwrite=begun.is_file())
+    try:
+        train(out, seed, resume=True)
+    except ValueError as error:
+        assert "is finished" in str(error)  # only the old checkpoint was still to be removed
+
+
+def every_step(strike, prepare, tmp_path: Path):
+    """(step, folder of all runs, what ended it) until a run comes to its end unharmed."""
+    for at in range(1, 1000):
+        out = tmp_path / str(at)
+        prepare(out)
+        end = strike(out, at)
+        if not end:
+            assert at > 90, "a run writes more than that"
+            return
+        yield at, out, end
+        shutil.rmtree(out)
+
+
+def test_a_process_killed_at_any_step_of_its_writing_resumes_to_the_same_bytes(whole, tmp_path):
+    expected = contents(whole[0] / "r")
+
+    def killed(out, at):
+        return struck_child(partial(train, out), at, tmp_path / "log")
+
+    for at, out, _ in every_step(killed, Path.mkdir, tmp_path):
+        go_on(out, seed=0)
+        assert contents(out / "r") == expected, at
+
+
+def test_an_overwriting_run_killed_at_any_step_leaves_no_half_of_the_old_one(whole, tmp_path):
+    old, expected, begun = contents(whole[0] / "r"), contents(whole[1] / "r"), 0
+
+    def killed(out, at):
+        return struck(partial(train, out, seed=1, overwrite=True), at, die_in_process)
+
+    for at, out, _ in every_step(killed, partial(shutil.copytree, whole[0]), tmp_path):
+        if b'"seed": 0,' in (out / "r" / "config.json").read_bytes():
+            left = contents(out / "r")
+            assert {name: left[name] for name in old} == old, at
+        else:
+            begun += 1
+        go_on(out, seed=1)
+        assert contents(out / "r") == expected, at
+    assert begun > 90
+
+
+def test_a_disk_full_from_any_step_on_is_one_line_and_loses_nothing(whole, tmp_path):
+    expected = contents(whole[0] / "r")
+
+    def filled(out, at):
+        return struck(partial(train, out), at, disk_full)
+
+    for at, out, said in every_step(filled, Path.mkdir, tmp_path):
+        assert "cannot write" in said and os.strerror(errno.ENOSPC) in said, (at, said)
+        assert "\n" not in said and not list(out.rglob(".*.partial"))
+        go_on(out, seed=0)
+        assert contents(out / "r") == expected, at
