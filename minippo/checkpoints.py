@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 CHECKSUMS, WEIGHTS = "checksums.json", "model.safetensors"
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 100_000_000, 32  # the largest tokenizers have about 35 MB
-MANY_WEIGHTS, MANY_LAYERS = 2**24, 1024  # a setting up to these costs nothing, whatever it means
+MANY_WEIGHTS, MANY_LAYERS = 2**24, 64  # a setting up to these costs little, whatever it means
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Keys that make `transformers` run code or read weights from somewhere else.
 REFUSED_KEYS = {
@@ -168,30 +168,35 @@ def check_sizes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def write_checksums(folder: Path) -> None:
     """A file with the SHA-256 of every file, in a folder and in each below it."""
-    sums = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            write_checksums(path)
-        else:
-            sums[path.name] = _sha256(path)
+    for inner in filter(Path.is_dir, folder.iterdir()):
+        write_checksums(inner)
+    sums = {name: _sha256(folder / name) for name in _summed(folder)}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 
-def check_checksums(folder: Path, names=None) -> None:
+def check_checksums(folder: Path, names=None, below: bool = False) -> None:
     """Raises ValueError if a file of the folder was changed, lost or added since it was saved.
 
     names: of the files whose content is compared, all of them if None
+    below: compare those of the folders in it as well
     """
-    sums = read_settings(folder / CHECKSUMS)
-    files = {path.name for path in folder.iterdir() if path.is_file()} - {CHECKSUMS}
-    files = {name for name in files if not name.startswith(".")}  # a file manager's, never read
-    for name in sorted(files | set(sums)):
+    sums, files = read_settings(folder / CHECKSUMS), _summed(folder)
+    for name in sorted({*files, *sums}):
         if name not in files:
             raise ValueError(f"{name} was lost since the checkpoint was saved")
         if name not in sums:
             raise ValueError(f"{name} was added since the checkpoint was saved")
         if (names is None or name in names) and sums[name] != _sha256(folder / name):
             raise ValueError(f"{name} was changed since the checkpoint was saved")
+    for inner in filter(Path.is_dir, folder.iterdir() if below else ()):
+        check_checksums(inner, names, below)
+
+
+def _summed(folder: Path) -> list[str]:
+    """The files whose sums a folder keeps: its own, and the sums of each folder in it."""
+    paths = [p / CHECKSUMS if p.is_dir() else p for p in folder.iterdir() if p.name[0] != "."]
+    names = (p.relative_to(folder).as_posix() for p in paths if p.is_file())
+    return sorted(name for name in names if name != CHECKSUMS)  # hidden ones are nobody's to read
 
 
 def _sha256(path: Path) -> str:

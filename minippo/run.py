@@ -60,7 +60,7 @@ class Run(Hooks):
         if not self.is_new:
             lock(self.folder)
         try:
-            self._end_what_was_killed()
+            self._end_what_was_killed(overwrite)
             self._check(overwrite)
         except BaseException:
             unlock(self.folder)
@@ -162,10 +162,11 @@ class Run(Hooks):
             raise ValueError(f"{message}; choose another --name")
         self.is_new = False
 
-    def _end_what_was_killed(self) -> None:
+    def _end_what_was_killed(self, overwrite: bool) -> None:
         """Nothing is decided here: it only ends a removal, or forgets what was never whole."""
         if self._known():
             self._discard()
+        if self._known() and not overwrite:  # which must also do where a pointer is damaged
             self._sweep()
 
     def _discard(self) -> None:
@@ -324,7 +325,7 @@ class Run(Hooks):
 
     def _restore(self, folder: Path) -> int:
         try:
-            check_checksums(folder)
+            check_checksums(folder, below=True)
             marks = read_json(folder / "state.json")
             restore_training(self.state, load_file(folder / "training.safetensors"), marks)
             return marks["step"]

@@ -10,6 +10,8 @@ import io
 import json
 import os
 import shutil
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import forked
 
+from minippo import files
 from minippo import run as run_module
 from minippo.config import PPOConfig, RunConfig
 from minippo.optim import adamw
@@ -256,3 +259,134 @@ def test_a_disk_full_from_any_step_on_is_one_line_and_loses_nothing(whole, tmp_p
         assert "\n" not in said and not list(out.rglob(".*.partial"))
         go_on(out, seed=0)
         assert contents(out / "r") == expected, at
+
+
+# what was changed between two commands
+
+
+@pytest.fixture
+def halfway(tmp_path) -> Path:
+    """A run that was killed after its third step, with a checkpoint of its second."""
+    original = Run.step
+
+    def dying(self, stage, step, metrics):
+        original(self, stage, step, metrics)
+        if step == 2:
+            raise Dead
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(Run, "step", dying)
+        train(tmp_path)
+    return tmp_path / "r"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SAVED = ("training.safetensors", "state.json", "model.safetensors", "value/model.safetensors")
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: os.truncate(path, 10)])
+def test_a_checkpoint_that_was_changed_is_noticed_on_resume(halfway, name, damage):
+    damage(halfway / "ppo" / "step-000002" / name)
+    before = contents(halfway)
+    what = f"{Path(name).name} was (lost|changed) since the checkpoint was saved"
+    with pytest.raises(ValueError, match=f"step-000002 cannot be resumed: {what}.*--overwrite"):
+        train(halfway.parent, resume=True)
+    kept = {name: before[name] for name in before if "candidates" not in name}
+    assert kept.items() <= contents(halfway).items()
+
+
+@pytest.mark.parametrize("name", ["../../r", "step-000009", "", "/", "final\0", "step-2"])
+def test_a_pointer_to_nowhere_or_elsewhere_is_refused(halfway, name):
+    (halfway / "ppo" / "latest").write_text(name)
+    with pytest.raises(ValueError, match="latest names .* no checkpoint there.*--overwrite"):
+        train(halfway.parent, resume=True)
+    train(halfway.parent, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[1:], "does not hold the first 2 steps of ppo in order"),
+        (lambda lines: lines[:1] + lines, "does not hold the first 2 steps of ppo in order"),
+        (lambda lines: [], "does not hold the first 2 steps of ppo in order"),
+        (lambda lines: [lines[0], b"oops\n", *lines[1:]], "line 2 is no row of a step"),
+        (lambda lines: [b'{"stage": "ppo"}\n', *lines], "line 1 is no row of a step"),
+    ],
+)
+def test_metrics_that_were_changed_are_noticed_on_resume(halfway, change, said):
+    path = halfway / "metrics.jsonl"
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(ValueError, match=f"metrics.jsonl.*{said}"):
+        train(halfway.parent, resume=True)
+
+
+def test_a_run_that_came_from_elsewhere_cannot_name_what_is_removed(halfway):
+    """The list of what a killed --overwrite had still to remove is read from a file."""
+    precious = halfway.parent / "precious"
+    precious.mkdir()
+    path = halfway / "config.json"
+    known = json.loads(path.read_bytes())
+    known["run"]["discarding"] = ["../precious", str(precious), "."]
+    path.write_text(json.dumps(known))
+    train(halfway.parent, resume=True)
+    assert precious.is_dir() and (halfway / "ppo" / "final").is_dir()
+
+
+# two processes
+
+
+def held(folder: Path, log: Path) -> int:
+    """A process that is at work in a run's folder."""
+    ready, done = os.pipe()
+
+    def hold():
+        config = RunConfig(name=folder.name, out=folder.parent, resume=True)
+        Run(config, {"ppo": PPOConfig(save_every=2)})
+        os.write(done, b".")
+        time.sleep(600)
+
+    child = forked(hold, log)
+    os.close(done)  # so that reading ends if the child has died
+    assert os.read(ready, 1) == b".", log.read_text()
+    os.close(ready)
+    return child
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_process_is_named(halfway, tmp_path):
+    before, holder = contents(halfway), held(halfway, tmp_path / "log")
+    try:
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=f"in use by process {holder}; wait.*--name"):
+                train(halfway.parent, **options)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    left = contents(halfway)
+    assert left.pop(".lock") == str(holder).encode() and left == before
+    train(halfway.parent, resume=True)  # the kernel has let it go
+    assert not (halfway / ".lock").exists()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_refused(tmp_path, whole):
+    late = Run(RunConfig(name="r", out=tmp_path), {"ppo": PPOConfig(save_every=2)})
+    train(tmp_path)
+    with pytest.raises(ValueError, match="another process has begun a run in .*--name"):
+        late.write_json("ppo.json", {})
+    late.unlock()
+    assert contents(tmp_path / "r") == contents(whole[0] / "r")
+
+
+def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path):
+    files.lock(tmp_path)
+    held_file = (tmp_path / ".lock").stat()
+    (tmp_path / ".lock").unlink()
+    files.lock(tmp_path)  # of this process, but another file: it must not count as held
+    assert not os.path.samestat(held_file, (tmp_path / ".lock").stat())
+    files.unlock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
