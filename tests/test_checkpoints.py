@@ -7,6 +7,7 @@ and the memory of the process that something had been built.
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import time
@@ -17,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import minippo
 from minippo.checkpoints import (
     check_checksums,
     read_json,
@@ -329,6 +331,14 @@ def test_a_bomb_goes_off_where_it_is_unpickled(tmp_path):
     """Else the marker would show nothing."""
     pickle.loads(bomb(tmp_path / "folder"))
     assert (tmp_path / "marker").exists()
+
+
+def test_no_module_of_the_package_can_unpickle():
+    package = Path(minippo.__file__).parent
+    files = sorted(package.rglob("*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert len(files) > 30
+    assert not re.findall(r"torch\.load\(|\b(?:import|from) (?:pickle|dill|joblib)\b", text)
 
 
 PICKLED = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth")

@@ -34,7 +34,7 @@ SHORT = {
 }
 STAGES = ("sft", "reward", "value", "ppo")
 # What tells the time, or by how much of it the run was interrupted.
-TIMED = ("times.jsonl", "summary.json", "report.html")
+TIMED = ("times.jsonl", "summary.json")
 PATIENCE = 600  # seconds after which a child that has not ended is an error
 
 
