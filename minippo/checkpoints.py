@@ -167,10 +167,10 @@ def check_sizes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """A file with the SHA-256 of every file, in a folder and in each below it."""
+    """A file with the BLAKE2 of every file, in a folder and in each below it."""
     for inner in filter(Path.is_dir, folder.iterdir()):
         write_checksums(inner)
-    sums = {name: _sha256(folder / name) for name in _summed(folder)}
+    sums = {name: _blake2(folder / name) for name in _summed(folder)}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 
@@ -186,7 +186,7 @@ def check_checksums(folder: Path, names=None, below: bool = False) -> None:
             raise ValueError(f"{name} was lost since the checkpoint was saved")
         if name not in sums:
             raise ValueError(f"{name} was added since the checkpoint was saved")
-        if (names is None or name in names) and sums[name] != _sha256(folder / name):
+        if (names is None or name in names) and sums[name] != _blake2(folder / name):
             raise ValueError(f"{name} was changed since the checkpoint was saved")
     for inner in filter(Path.is_dir, folder.iterdir() if below else ()):
         check_checksums(inner, names, below)
@@ -199,9 +199,9 @@ def _summed(folder: Path) -> list[str]:
     return sorted(name for name in names if name != CHECKSUMS)  # hidden ones are nobody's to read
 
 
-def _sha256(path: Path) -> str:
+def _blake2(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 # what a training saves of itself
