@@ -206,6 +206,13 @@ class RunConfig(_Settings):
     base: str = "base"  # where to start: a shipped checkpoint's name, a folder or a hub name
     seed: int = 0  # of everything random; 0 and up
     device: str = "auto"  # auto takes cuda if there, else cpu
+    # bf16: matrix products in bfloat16, weights and formulas in float32; auto: bf16 on CUDA
+    autocast: Literal["auto", "bf16", "off"] = "auto"
+    tf32: bool = False  # products that stay in float32 in TF32 on CUDA: faster, 10 bits of mantissa
+    compile: bool = False  # torch.compile on CUDA: faster steps after some minutes of compiling
+    gradient_checkpointing: bool = False  # a third more time for a fraction of the activations
+    # of the weights of the two frozen models in PPO, reference and reward; bfloat16 halves them
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     resume: bool = False  # go on where an interrupted run stopped
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minippo.config import DATA_DIR
+from minippo.devices import at_least_float32, autocast
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
@@ -31,16 +32,6 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def autocast(device: torch.device):
-    """bfloat16 autocast on CUDA, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, anything else as it is: formulas are not for bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **options):
     """One pass over padded sequences with the positions of the contract; on CUDA in bfloat16.
 
@@ -51,8 +42,9 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
     if attention_mask is not None:
         places = position_ids(attention_mask)[:, -tokens.shape[1] :]
         options |= {"attention_mask": attention_mask, "position_ids": places}
+    call = model.forward if use_cache else model  # what is compiled is passes without a cache
     with autocast(tokens.device):
-        return model(input_ids=tokens, use_cache=use_cache, **options)
+        return call(input_ids=tokens, use_cache=use_cache, **options)
 
 
 def token_logits(model, tokens: Tensor, attention_mask: Tensor, kept: int = 0) -> Tensor:

@@ -76,9 +76,11 @@ def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict
     for group in optimizer.param_groups if optimizer else ():
         norms = [parameter.detach().norm() for parameter in group["params"]]
         checked[f"weights/{group['name']}"] = torch.stack(norms).norm()
-    device = next((v.device for v in checked.values() if isinstance(v, Tensor)), None)
-    flat = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in checked.values()]
-    floats = dict(zip(checked, torch.stack(flat).detach().tolist(), strict=True))
+    tensors = {name: v for name, v in checked.items() if isinstance(v, Tensor)}
+    if tensors:  # all of them in one copy, the only time in a step that the host waits
+        together = torch.stack([v.detach().float() for v in tensors.values()])
+        checked |= dict(zip(tensors, together.tolist(), strict=True))
+    floats = {name: float(value) for name, value in checked.items()}
     broken = [name for name, value in floats.items() if not math.isfinite(value)]
     if broken:
         message = f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite"

@@ -28,6 +28,7 @@ ORDER = ("pretrain", "sft", "reward", "value", "ppo", "eval")  # each builds on 
 # What depends on all stages.
 RESULTS = ("evaluation.json", "samples.jsonl", "xray.json", "report.html", "summary.json")
 INPUTS = ("seed", "data", "split", "limit", "base")  # of RunConfig: what the numbers depend on
+INPUTS += ("autocast", "tf32", "frozen_dtype")
 # Of PPOConfig: what the rewards depend on that a critic is warmed up on.
 REWARD = ("max_prompt_tokens", "max_response_tokens", "temperature")
 REWARD += ("missing_eos_penalty", "standardize_scores")

@@ -25,6 +25,7 @@ from minippo.config import (
     SFTConfig,
     ValueConfig,
 )
+from minippo.devices import device_of, precision, prepared, stored_as
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -65,28 +66,17 @@ from minippo.xray import xray
 
 
 def _closing(stage):
-    """The stage, giving the terminal and Ctrl-C back however it ends."""
+    """The stage in the run's precision, giving the terminal and Ctrl-C back however it ends."""
 
     @functools.wraps(stage)
     def closing(run, *arguments):
         try:
-            return stage(run, *arguments)
+            with precision(run.config.autocast, run.config.tf32):
+                return stage(run, *arguments)
         finally:
             run.close()
 
     return closing
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a run: "auto" is cuda if there, else cpu."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(auto if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is none torch knows; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
-    return device
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -126,7 +116,13 @@ def load_start(run: Run, stage: str, load=load_policy):
     if run.tokenizer is not None:
         check_same_vocabulary(run.tokenizer, tokenizer, path)
     run.tokenizer = tokenizer
-    return load(path).to(pick_device(run.config.device))
+    return load(path).to(device_of(run.config))
+
+
+def frozen(run: Run, model):
+    """A frozen copy of a model, stored as the run wants it."""
+    model = stored_as(frozen_copy(model), run.config.frozen_dtype)
+    return prepared(model, run.config)
 
 
 def passing_bar(items, name: str, unit: str, **options):
@@ -168,7 +164,7 @@ def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
     sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     model = tiny_gpt2(len(run.tokenizer), *sizes, run.tokenizer.eos_token_id, pad_id, seed)
-    model = model.to(pick_device(run.config.device))
+    model = prepared(model, run.config)
     train_lm(model, sequences[held_out:], config, pad_id, seed, run)
     quality = {"held_out_perplexity": perplexity(model, sequences[:held_out], pad_id)}
     run.write_json("pretrain.json", quality)
@@ -178,7 +174,7 @@ def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
 @_closing
 def sft_stage(run: Run, source: Source, config: SFTConfig) -> None:
     """The base model imitates the demonstrations."""
-    policy = load_start(run, "base")
+    policy = prepared(load_start(run, "base"), run.config)
     limits = (config.max_prompt_tokens, config.max_response_tokens)
     check_context(policy, *limits)
     rows = encode(run, "sft", source.demonstrations(), limits, ("answer",))
@@ -258,7 +254,7 @@ def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
         rows, held_out = candidate_rows(run, source, policy, config)
     else:
         rows, held_out, margins = given_rows(run, source, config)
-    reward_model = RewardModel.from_policy(policy, seed, pad_id)
+    reward_model = prepared(RewardModel.from_policy(policy, seed, pad_id), run.config)
     train_reward_model(reward_model, rows, config, pad_id, margins, seed, run)
     scores = reference = score(reward_model, held_out, pad_id)
     if not ranks_candidates:  # given answers are nobody's samples, so the reference answers itself
@@ -282,7 +278,7 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     policy = load_start(run, "sft")
     check_context(policy, ppo.max_prompt_tokens, ppo.max_response_tokens)
     reward_model = load_start(run, "reward", RewardModel.load)
-    value_model = ValueModel.from_reward_model(reward_model)
+    value_model = prepared(ValueModel.from_reward_model(reward_model), run.config)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     rows = source.prompts("ppo", config.prompts + config.held_out)
     prompts = [e.prompt for e in encode(run, "value", rows, (ppo.max_prompt_tokens, 1))]
@@ -310,9 +306,10 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
     """PPO from the SFT policy, against the frozen reward model."""
     policy = load_start(run, "sft")
     check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
-    ref_policy = frozen_copy(policy)
-    reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
-    value_model = load_start(run, "value", ValueModel.load)
+    ref_policy = frozen(run, policy)
+    reward_model = frozen(run, load_start(run, "reward", RewardModel.load))
+    value_model = prepared(load_start(run, "value", ValueModel.load), run.config)
+    policy = prepared(policy, run.config)
     rows = source.prompts("ppo", PPO_PROMPTS)
     prompts = [e.prompt for e in encode(run, "ppo", rows, (config.max_prompt_tokens, 1))]
     models = (policy, ref_policy, value_model, reward_model)
@@ -321,6 +318,7 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
     run.finish("ppo")
 
 
+@_closing
 def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     """SFT, PPO, best-of-n on held-out prompts; writes evaluation.json, samples.jsonl, xray.json."""
     if run.finished("sft") and not run.finished("ppo"):

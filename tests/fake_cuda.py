@@ -41,9 +41,11 @@ entered = []  # FakeCudas, the innermost last: torch.tensor comes to the device 
 @functools.cache
 def fake_device() -> torch.device:
     """The device, made known to torch when it is first asked for."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    from torch.utils import backend_registration as registration
 
-    _setup_privateuseone_for_python_backend(NAME)
+    module = registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # torch.autocast asks
+    registration._setup_privateuseone_for_python_backend(NAME, module)
     torch.library.impl("aten::empty_strided", "PrivateUse1")(_empty_strided)
     torch.library.impl("aten::_copy_from", "PrivateUse1")(_copy_from)
     return torch.device(NAME, 0)
@@ -102,10 +104,13 @@ class FakeCuda(TorchDispatchMode):
         entered.append(self)
         # Autograd has a thread per device, counted when the process began: there was none.
         self.one_thread = torch.autograd.set_multithreading_enabled(False)
+        # Without it model.to(device) would untie tied weights, since the tensors' class changes.
+        torch.__future__.set_swap_module_params_on_conversion(True)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        torch.__future__.set_swap_module_params_on_conversion(False)
         self.one_thread.__exit__(*error)
         entered.remove(self)
 
@@ -149,9 +154,9 @@ class FakeCuda(TorchDispatchMode):
             return "to host"
         if packet in COPYING and not here[-1]:  # the source is the last tensor
             self.uploads += 1
-            non_blocking = kwargs.get("non_blocking") or packet is aten.copy_ and args[2:] == (True,)
-            pinned = self.pin(aten.is_pinned, tensors[-1])
-            return "to device" if not non_blocking else None if pinned else "pageable"
+            if not (kwargs.get("non_blocking") or packet is aten.copy_ and args[2:] == (True,)):
+                return "to device"
+            return None if self.pin(aten.is_pinned, tensors[-1]) else "pageable"
         if packet in INDEXING:
             return _kind_of_indexing(packet, args)
         if any(str(value.type) in SCALARS for value in func._schema.returns):

@@ -37,7 +37,7 @@ LADDER = {
     "settings": ["config"],
     "formulas": ["masking", "logprobs", "kl", "rewards", "advantages", "losses"],
     "data": ["hh", "preferences", "batching"],
-    "models": ["models"],
+    "models": ["devices", "models"],
     "acting": ["generation", "rollout"],
     "learning": ["optim", "pretrain", "sft", "reward_model", "value_model", "ppo"],
     "worlds": ["oracle", "tinyhh.world", "tinyhh.annotator", "tinyhh.rows", "tinyhh"],

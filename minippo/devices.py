@@ -1,0 +1,124 @@
+"""What depends on the device: which one, in which precision, and what is traded for its memory.
+
+Nothing here changes what is computed on a CPU by default: there it is float32, and copies are none.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minippo.config import RunConfig
+
+_autocast = ContextVar("autocast", default=RunConfig.autocast)  # what the run in progress asks for
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a run: "auto" is cuda if there, else cpu."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(auto if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is none torch knows; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device of a run; ValueError if it cannot do what the run wants of it."""
+    device = pick_device(config.device)
+    if config.compile and device.type != "cuda":
+        raise ValueError(f"--compile is for CUDA, and the device is {device}; leave it out")
+    return device
+
+
+@contextmanager
+def precision(autocast: str = RunConfig.autocast, tf32: bool = RunConfig.tf32):
+    """The precision of the matrix products inside; `RunConfig` explains both settings."""
+    before, token = torch.get_float32_matmul_precision(), _autocast.set(autocast)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        _autocast.reset(token)
+
+
+def autocast(device: torch.device):
+    """bfloat16 autocast for a forward pass, if that is the precision on this device."""
+    choice = _autocast.get()
+    enabled = choice == "bf16" or (choice == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: formulas are not for bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def to_device(tensors, device: torch.device | None) -> tuple[Tensor, ...]:
+    """CPU tensors on the device. The host does not wait for the copies: they leave pinned memory.
+
+    device: None leaves them on the CPU
+    """
+    if device is None or device.type == "cpu":
+        return tuple(tensors)
+    return tuple(x.pin_memory().to(device, non_blocking=True) for x in tensors)
+
+
+def prepared(model: nn.Module, config: RunConfig) -> nn.Module:
+    """The model on the run's device, checkpointed and compiled if the run wants it."""
+    model = model.to(device_of(config))
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    if config.compile:
+        compile_forward(model)
+    return model
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Each layer keeps its input only; what the backward pass needs is computed once more then.
+
+    transformers does that in training mode alone, in which dropout is on, so it is done here.
+    Raises ValueError if the model has no layers that say they can be recomputed.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        message = f"{type(model).__name__} has no layers that can be recomputed"
+        raise ValueError(f"{message}; leave out --gradient-checkpointing")
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward, *arguments, **options):
+    from transformers import Cache
+
+    # A cache that is written to must not be written to again when the layer is recomputed.
+    has_cache = any(isinstance(x, Cache) for x in (*arguments, *options.values()))
+    if has_cache or not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    # There is no dropout whose random numbers would have to be kept.
+    kept = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(forward, *arguments, **kept, **options)
+
+
+def compile_forward(model: nn.Module, backend: str = "inductor") -> None:
+    """`torch.compile` of the passes over whole sequences; a copy of the model is not compiled."""
+    backbone(model).compile(dynamic=True, backend=backend)  # every batch has another length
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """What `forward_pass` calls: a policy itself, or what is below the head of width 1."""
+    return model.classifier.base_model if hasattr(model, "classifier") else model
+
+
+def stored_as(model: nn.Module, dtype: str) -> nn.Module:
+    """A frozen model whose weights have this dtype; a head of width 1 keeps its own."""
+    backbone(model).to(getattr(torch, dtype))
+    return model

@@ -1,0 +1,209 @@
+"""What depends on the device: precision, copies, checkpointing, compiling, frozen weights."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from minippo.config import RunConfig
+from minippo.devices import (
+    at_least_float32,
+    autocast,
+    checkpoint_layers,
+    compile_forward,
+    pick_device,
+    precision,
+    prepared,
+    stored_as,
+    to_device,
+)
+from minippo.generation import generate
+from minippo.models import RewardModel, ValueModel, frozen_copy, response_logits, tiny_gpt2
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def policy():
+    return tiny_gpt2(40, n_layer=3, n_embd=16, n_head=2, n_positions=64)
+
+
+@pytest.fixture
+def batch():
+    """Tokens and attention mask of two queries, one of them padded, and their responses."""
+    tokens = torch.randint(2, 40, (2, 24))
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[0, :3] = False
+    mask[1, 20:] = False
+    return tokens, mask
+
+
+def in_bfloat16():
+    """Whether a matrix product is in bfloat16 under minippo's autocast."""
+    with autocast(CPU):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_precision_holds_inside_and_is_given_back():
+    assert not in_bfloat16()
+    with precision("bf16"):
+        assert in_bfloat16()
+        with precision("off"):
+            assert not in_bfloat16()
+        assert in_bfloat16()
+    with pytest.raises(KeyError), precision("bf16"):
+        raise KeyError
+    assert not in_bfloat16()
+
+
+def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda():
+    with precision("auto"):
+        assert not in_bfloat16()
+        if torch.cuda.is_available():
+            assert autocast(torch.device("cuda"))._enabled
+        else:  # torch says that it would have
+            with pytest.warns(UserWarning, match="CUDA is not available"):
+                autocast(torch.device("cuda"))
+    with precision("off"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        autocast(torch.device("cuda"))
+
+
+def test_tf32_is_asked_for_and_given_back():
+    assert torch.get_float32_matmul_precision() == "highest"
+    with precision(tf32=True):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_formulas_get_float32_and_float64_stays():
+    for half in (torch.bfloat16, torch.float16):
+        assert at_least_float32(torch.ones(1, dtype=half)).dtype == torch.float32
+    assert at_least_float32(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_copies_to_the_cpu_are_none():
+    x = torch.ones(3)
+    assert to_device([x], CPU)[0] is x and to_device([x], None)[0] is x
+
+
+def test_an_unknown_device_is_refused_and_so_is_compiling_without_cuda(policy):
+    with pytest.raises(ValueError, match="use auto, cpu or cuda"):
+        pick_device("gpu")
+    with pytest.raises(ValueError, match="--compile is for CUDA"):
+        prepared(policy, RunConfig(device="cpu", compile=True))
+
+
+# --- checkpointing ----------------------------------------------------------------------------
+
+
+def gradients(model, forward):
+    """Gradients of a scalar, and the bytes that were kept for the backward pass."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    model.zero_grad()
+    with saved_tensors_hooks(pack, lambda x: x):
+        loss = forward(model).square().mean()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], sum(kept.values())
+
+
+MODELS = {
+    "policy": lambda policy: policy,
+    "reward": RewardModel.from_policy,
+    "value": ValueModel.from_policy,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointed_layers_give_the_same_gradients_and_keep_less(name, policy, batch):
+    def forward(model):
+        return response_logits(model, *batch, 8) if name == "policy" else model(*batch, 8)
+
+    model = MODELS[name](policy)
+    plain, all_bytes = gradients(model, forward)
+    checkpoint_layers(model)
+    again, fewer_bytes = gradients(model, forward)
+    for got, expected in zip(again, plain):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert fewer_bytes < 0.5 * all_bytes
+
+
+def test_a_checkpointed_model_samples_with_its_cache_and_its_copy_is_its_own(policy):
+    query = torch.randint(2, 40, (3, 5))
+    plain = generate(policy, query, torch.ones_like(query), 12, 1, 0, seed=0)
+    checkpoint_layers(policy)
+    copied = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert torch.equal(generate(copied, query, torch.ones_like(query), 12, 1, 0, seed=0), plain)
+
+
+def test_a_cache_is_written_to_once_though_its_layers_are_checkpointed(policy):
+    reward_model = RewardModel.from_policy(policy)
+    query, response = torch.randint(2, 40, (2, 5)), torch.randint(2, 40, (4, 3))
+    masks = torch.ones(2, 5, dtype=torch.bool), torch.ones(4, 3, dtype=torch.bool)
+    tensors = (query, masks[0], response, masks[1])
+    plain, _ = gradients(reward_model, lambda m: m.score_candidates(*tensors))
+    checkpoint_layers(reward_model)
+    again, _ = gradients(reward_model, lambda m: m.score_candidates(*tensors))
+    for got, expected in zip(again, plain):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_without_such_layers_is_refused():
+    with pytest.raises(ValueError, match="Linear has no layers that can be recomputed"):
+        checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+# --- compiling --------------------------------------------------------------------------------
+
+
+def test_a_compiled_forward_gives_the_same_and_sampling_is_not_compiled(policy, batch):
+    compiled, seen = copy.deepcopy(policy), []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    compile_forward(compiled, backend)
+    query = torch.randint(2, 40, (3, 5))
+    limits = (torch.ones_like(query), 4, 1, 0)
+    sampled = [generate(m, query, *limits, seed=0) for m in (compiled, policy)]
+    assert not seen and torch.equal(*sampled)
+    with torch.no_grad():
+        got = response_logits(compiled, *batch, 8)
+        assert seen
+        torch.testing.assert_close(got, response_logits(policy, *batch, 8), rtol=0, atol=1e-5)
+        count = len(seen)
+        response_logits(compiled, *(x[:, 1:] for x in batch), 7)
+        response_logits(compiled, *(x[:, 2:] for x in batch), 6)
+        assert len(seen) <= count + 2  # not once more for each length
+        count = len(seen)
+        response_logits(frozen_copy(compiled), *batch, 8)
+        assert len(seen) == count
+
+
+# --- frozen weights ---------------------------------------------------------------------------
+
+
+def test_frozen_weights_in_bfloat16_take_half_and_the_head_stays(policy, batch):
+    reward_model = RewardModel.from_policy(policy)
+    small = stored_as(frozen_copy(reward_model), "bfloat16")
+    weights = dict(small.named_parameters())
+    head = weights.pop("classifier.score.weight")
+    assert head.dtype == torch.float32
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    got, expected = small(*batch), reward_model(*batch)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+    assert {p.dtype for p in reward_model.parameters()} == {torch.float32}
