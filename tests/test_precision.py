@@ -39,7 +39,7 @@ FIRST_LOG_RATIO = 0.15
 
 
 def four_models(device="cpu"):
-    """Policy, reference, critic and reward model, all shipped ones: PPO's policy, SFT's reference."""
+    """Policy, reference, critic, reward model, all shipped; the reference is the SFT model."""
     models = (load_policy("ppo"), load_policy("sft"), ValueModel.load("value"))
     return [m.to(device) for m in (*models, RewardModel.load("reward"))]
 
@@ -137,11 +137,12 @@ class BFloat16Places(TorchDispatchMode):
 
 def test_no_formula_runs_in_bfloat16():
     models = four_models()
+    half, mask = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bool)
     with precision("bf16"), BFloat16Places() as places:
         rollout = act(models)
         ppo_loss(*models[:3], rollout, CONFIG)
         assert places.functions == {"forward_pass"}
-        masked_mean(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bool))
+        masked_mean(half, mask)
         assert places.functions == {"forward_pass", "masked_mean"}  # it would have been seen
     floats = [x for x in vars(rollout).values() if x.is_floating_point()]
     assert floats and {x.dtype for x in floats} == {torch.float32}
