@@ -21,6 +21,7 @@ from minippo.devices import (
 )
 from minippo.generation import generate
 from minippo.models import RewardModel, ValueModel, frozen_copy, response_logits, tiny_gpt2
+from minippo.optim import adamw
 
 CPU = torch.device("cpu")
 
@@ -186,7 +187,8 @@ def test_a_compiled_forward_gives_the_same_and_sampling_is_not_compiled(batch):
         torch.testing.assert_close(got, response_logits(policy, *batch, 8), rtol=0, atol=1e-5)
         count = len(graphs)
         assert count
-        response_logits(compiled, *(x[:, 1:] for x in batch), 7)  # another length
+        shorter = [x[:, 1:].contiguous() for x in batch]
+        response_logits(compiled, *shorter, 7)  # a length is no reason to compile again
         response_logits(frozen_copy(compiled), *batch, 8)  # compiled is the model, not its copy
     assert len(graphs) == count
 
@@ -205,3 +207,18 @@ def test_frozen_weights_in_bfloat16_take_half_and_the_head_stays(policy, batch):
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
     assert {p.dtype for p in reward_model.parameters()} == {torch.float32}
+
+
+def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4_or_2(policy):
+    # The arithmetic of docs/cuda.md: weight, gradient and the two moments of AdamW in float32.
+    optimizer = adamw({"policy": policy}, {"policy": 1e-3})
+    policy(torch.ones(1, 2, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    parameters = list(policy.parameters())
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    taken = sum(x.nbytes for x in (*parameters, *(p.grad for p in parameters), *moments))
+    count = sum(p.numel() for p in parameters)
+    assert taken == 16 * count
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        frozen = stored_as(frozen_copy(policy), dtype)
+        assert sum(p.nbytes for p in frozen.parameters()) == size * count
