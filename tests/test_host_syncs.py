@@ -3,9 +3,21 @@
 Proved on a fake device (fake_cuda.py), which is itself proved first.
 """
 
+
 import pytest
 import torch
 from fake_cuda import FakeCuda, fake_device
+
+from minippo.batching import Encoded
+from minippo.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, ValueConfig
+from minippo.models import RewardModel, ValueModel, frozen_copy, tiny_gpt2
+from minippo.optim import Hooks, adamw
+from minippo.ppo import ppo_update
+from minippo.pretrain import train_lm
+from minippo.reward_model import train_reward_model
+from minippo.rollout import collect_rollout
+from minippo.sft import train_sft
+from minippo.value_model import train_value_model
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +112,95 @@ def test_arithmetic_and_gradients_are_those_of_the_cpu(gpu):
 
     for fake, real in zip(gradient(gpu.device), gradient("cpu")):
         assert type(fake) is torch.Tensor and torch.equal(fake, real)
+
+
+# --- the real steps ---------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7, 8][: 1 + i % 4] for i in range(8)]
+ANSWERS = [[9 + i, 10, 11, 12, 1][i % 3 :] for i in range(8)]
+ROWS = [Encoded(i, p, [a, [13, 1]]) for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS))]
+SMALL = {"batch_size": 4, "lr": 1e-3, "warmup_steps": 1}
+PPO = {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 2, "max_response_tokens": 6}
+
+
+class Tokenizer:
+    """All that PPO asks of one."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+
+class CountingHooks(Hooks):
+    """Keeps the waits of each step."""
+
+    def __init__(self, gpu):
+        self.gpu, self.steps, self.seen = gpu, [], 0
+
+    def step(self, stage, step, metrics):
+        self.steps.append(self.gpu.waits[self.seen :])
+        self.seen = len(self.gpu.waits)
+
+
+def four_models(device):
+    policy = tiny_gpt2(40, n_layer=2, n_embd=16, n_head=2, n_positions=32).to(device)
+    reward_model = RewardModel.from_policy(policy)
+    value_model = ValueModel.from_reward_model(reward_model)
+    return policy, frozen_copy(policy), value_model, frozen_copy(reward_model)
+
+
+TRAININGS = {
+    "pretrain": lambda models, hooks: train_lm(
+        models[0], [p + a for p, a in zip(PROMPTS, ANSWERS)], PretrainConfig(steps=3, **SMALL), 0,
+        hooks=hooks,
+    ),
+    "sft": lambda models, hooks: train_sft(
+        models[0], ROWS, SFTConfig(steps=3, micro_batch_size=2, **SMALL), 0, hooks=hooks
+    ),
+    "reward": lambda models, hooks: train_reward_model(
+        RewardModel.from_policy(models[0]), ROWS,
+        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), 0, hooks=hooks,
+    ),
+    "reward with margins": lambda models, hooks: train_reward_model(
+        RewardModel.from_policy(models[0]), ROWS,
+        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), 0, [0.5] * 8, hooks=hooks,
+    ),
+    "value": lambda models, hooks: train_value_model(
+        models[2], ROWS, [0.1 * i for i in range(8)], ValueConfig(epochs=2, **SMALL), 0,
+        hooks=hooks,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_waits_once_a_step_for_its_metrics(gpu, name):
+    models, hooks = four_models(gpu.device), CountingHooks(gpu)
+    gpu.waits.clear()
+    TRAININGS[name](models, hooks)
+    assert len(hooks.steps) >= 3
+    for waits in hooks.steps[1:]:
+        assert [wait.kind for wait in waits] == ["to host"], waits
+        assert "tolist" in waits[0].place
+
+
+UPDATES = {
+    "as configured": {},
+    "the exact KL in the loss": {"kl_loss_coef": 0.1},
+    "k3 in the loss": {"kl_loss_coef": 0.1, "kl_loss_estimator": "k3"},
+    "one answer at a time": {"micro_batch_size": 1},
+    "warmer": {"temperature": 1.3, "ppo_epochs": 3},
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_never_waits(gpu, name):
+    config = PPOConfig(**(PPO | UPDATES[name]))
+    models = four_models(gpu.device)
+    rollout = collect_rollout(*models, PROMPTS, Tokenizer, config)
+    policy, ref_policy, value_model, _ = models
+    rates = {"policy": 1e-3, "value": 1e-3}
+    optimizer = adamw({"policy": policy, "value": value_model}, rates)
+    before = [p.detach().cpu() for p in policy.parameters()]
+    gpu.waits.clear()
+    ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, torch.Generator())
+    assert gpu.waits == []
+    after = [p.detach().cpu() for p in policy.parameters()]
+    assert not any(torch.equal(x, y) for x, y in zip(before, after))
