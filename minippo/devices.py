@@ -109,16 +109,36 @@ def _recomputed(forward, *arguments, **options):
 
 
 def compile_forward(model: nn.Module, backend: str = "inductor") -> None:
-    """`torch.compile` of the passes over whole sequences; a copy of the model is not compiled."""
-    backbone(model).compile(dynamic=True, backend=backend)  # every batch has another length
+    """`torch.compile` of all below the head; a copy of the model is not compiled."""
+    below = getattr(model, "classifier", model).base_model
+    below.compile(dynamic=True, backend=backend)  # every batch has another length
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """What `forward_pass` calls: a policy itself, or what is below the head of width 1."""
-    return model.classifier.base_model if hasattr(model, "classifier") else model
+def uncompiled():
+    """Inside, a compiled model runs as it is written: sampling, where no two passes are alike."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def stored_as(model: nn.Module, dtype: str) -> nn.Module:
     """A frozen model whose weights have this dtype; a head of width 1 keeps its own."""
-    backbone(model).to(getattr(torch, dtype))
+    below = model.classifier.base_model if hasattr(model, "classifier") else model
+    below.to(getattr(torch, dtype))
     return model
+
+
+def unasked_mask(model, attention_mask: Tensor, queries: int) -> Tensor:
+    """A mask that transformers takes as it is.
+
+    It asks one of (B, S) whether all of it is True: on a GPU the host waits for that in each pass.
+    attention_mask: (B, S)
+    returns: (B, 1, queries, S), which tokens each of the last `queries` sees; as it was on a CPU,
+        and for attention that wants it so: with a window, or of another kernel than torch's
+    """
+    config, device = getattr(model, "config", None), attention_mask.device
+    is_plain = getattr(config, "_attn_implementation", None) == "sdpa"
+    is_plain &= getattr(config, "sliding_window", None) is None
+    if device.type == "cpu" or not is_plain:
+        return attention_mask
+    size = attention_mask.shape[1]
+    earlier = torch.ones(queries, size, dtype=torch.bool, device=device).tril(size - queries)
+    return earlier & attention_mask.bool()[:, None, None]

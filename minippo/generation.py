@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minippo.batching import left_pad, pieces
+from minippo.devices import to_device
 from minippo.models import forward_pass
 
 
@@ -47,7 +48,7 @@ def generate(
     """
     count, device = query.shape[0], query.device
     rows = range(count) if rows is None else rows
-    uniforms = row_uniforms(seed, step, rows, max_response_tokens).to(device)
+    (uniforms,) = to_device([row_uniforms(seed, step, rows, max_response_tokens)], device)
     response = torch.full((count, max_response_tokens), pad_id, device=device)
     alive = torch.arange(count, device=device)  # rows that are still being written
     mask, tokens, cache = query_mask.long(), query, None
@@ -82,7 +83,7 @@ def generate_many(
     answers: list[list[int]] = [[] for _ in prompts]
     for rows in pieces(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), batch_size):
         padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
-        query, mask = (x.to(device) for x in padded)
+        query, mask = to_device(padded, device)
         response = generate(policy, query, mask, *limits, seed, step, rows, temperature)
         for row, ids in zip(rows, response.tolist(), strict=True):
             answers[row] = ids[: ids.index(eos_id) + 1] if eos_id in ids else ids

@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minippo.config import DATA_DIR
-from minippo.devices import at_least_float32, autocast
+from minippo.devices import at_least_float32, autocast, to_device, unasked_mask, uncompiled
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
@@ -41,13 +41,13 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
     """
     if attention_mask is not None:
         places = position_ids(attention_mask)[:, -tokens.shape[1] :]
-        options |= {"attention_mask": attention_mask, "position_ids": places}
-    call = model.forward if use_cache else model  # what is compiled is passes without a cache
-    with autocast(tokens.device):
-        return call(input_ids=tokens, use_cache=use_cache, **options)
+        seen = unasked_mask(model, attention_mask, tokens.shape[1])
+        options |= {"attention_mask": seen, "position_ids": places}
+    with autocast(tokens.device), uncompiled() if use_cache else nullcontext():
+        return model(input_ids=tokens, use_cache=use_cache, **options)
 
 
-def token_logits(model, tokens: Tensor, attention_mask: Tensor, kept: int = 0) -> Tensor:
+def token_logits(model, tokens: Tensor, attention_mask: Tensor | None, kept: int = 0) -> Tensor:
     """Logits (B, T, V), or (B, kept, V) of the last positions: no others are computed."""
     output = forward_pass(model, tokens, attention_mask, logits_to_keep=kept)
     return at_least_float32(output.logits)
@@ -191,6 +191,11 @@ class Packed:
     targets: Tensor  # (N,) the tokens that count, row by row
     slots: Tensor  # (N,) where each of them stands in the B * R of a flat response
     shape: tuple[int, int]  # (B, R)
+
+    def to(self, device) -> "Packed":
+        """The same on a device."""
+        tensors = (self.tokens, self.places, self.targets, self.slots)
+        return Packed(*to_device(tensors, device), self.shape)
 
     def spread(self, x: Tensor) -> Tensor:
         """(N,) -> (B, R), 0 where masked."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from minippo.batching import beginning, pieces, right_pad
 from minippo.config import PretrainConfig
+from minippo.devices import to_device
 from minippo.losses import lm_loss
 from minippo.models import token_logits
 from minippo.optim import training_loop
@@ -41,7 +42,7 @@ def train_lm(
 
     def gradients(indices):
         tokens, mask = right_pad([sequences[i] for i in indices], pad_id)
-        loss = text_loss(model, tokens.to(device), mask.to(device))
+        loss = text_loss(model, *to_device((tokens, mask), device))
         loss.backward()
         return {"loss/lm": loss}
 
@@ -51,7 +52,7 @@ def train_lm(
 
 def text_loss(model, tokens: Tensor, mask: Tensor) -> Tensor:
     """lm_loss over every real token of (B, T) right-padded texts. Returns ()."""
-    return lm_loss(token_logits(model, tokens, mask), tokens, mask)
+    return lm_loss(token_logits(model, tokens, None), tokens, mask)  # causal: padding comes last
 
 
 def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
@@ -76,6 +77,6 @@ def perplexity(model, sequences: list[list[int]], pad_id: int, batch_size: int =
     for piece in pieces(sequences, batch_size):
         tokens, mask = right_pad(piece, pad_id)
         predicted = int(mask[:, 1:].sum())
-        total += float(text_loss(model, tokens.to(device), mask.to(device))) * predicted
+        total += float(text_loss(model, *to_device((tokens, mask), device))) * predicted
         count += predicted
     return float(torch.tensor(total / count).exp())

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from minippo.batching import Encoded, left_pad, right_pad
 from minippo.config import RewardConfig
+from minippo.devices import to_device
 from minippo.losses import preference_loss, ranking_loss
 from minippo.models import RewardModel
 from minippo.optim import training_loop
@@ -21,8 +22,7 @@ def score_responses(reward_model, rows: list[Encoded], pad_id: int) -> Tensor:
     device = next(reward_model.parameters()).device
     queries = left_pad([row.prompt for row in rows], pad_id)
     responses = right_pad([response for row in rows for response in row.responses], pad_id)
-    tensors = (x.to(device, non_blocking=True) for x in (*queries, *responses))
-    return reward_model.score_candidates(*tensors)
+    return reward_model.score_candidates(*to_device((*queries, *responses), device))
 
 
 def reward_loss(scores: Tensor, margins: Tensor | None = None) -> Tensor:
@@ -54,7 +54,9 @@ def train_reward_model(
         for places in ranked_batches(sizes, config.micro_batch_size):
             piece = [indices[place] for place in places]
             scores = score_responses(reward_model, [rows[i] for i in piece], pad_id)
-            gaps = scores.new_tensor([margins[i] for i in piece]) if margins else None
+            gaps = None
+            if margins:
+                (gaps,) = to_device([torch.tensor([margins[i] for i in piece])], scores.device)
             share = len(piece) / len(indices)
             loss = reward_loss(scores, gaps) * share
             loss.backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 from minippo.advantages import gae, simple_advantages
 from minippo.batching import left_pad, pieces
 from minippo.config import PPOConfig
+from minippo.devices import to_device
 from minippo.generation import generate
 from minippo.kl import KL_ESTIMATORS
 from minippo.logprobs import entropy_from_logits, gather_logprobs
@@ -37,7 +38,7 @@ class Samples:
     def rows(self, indices):
         """The same with these rows only; indices are on the CPU, where the lengths are."""
         indices = torch.arange(len(self.tokens))[indices]
-        there = indices.to(self.tokens.device, non_blocking=True)
+        (there,) = to_device([indices], self.tokens.device)
         part = replace(self, **{f.name: getattr(self, f.name)[there] for f in fields(self)})
         vars(part)["lengths"] = self.lengths[indices]
         return part
@@ -107,7 +108,7 @@ def collect_rollout(
     mask = samples.mask
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
     places = samples.by_length(config.micro_batch_size)
-    back = torch.cat(places).argsort().to(mask.device)  # to the order of the prompts
+    (back,) = to_device([torch.cat(places).argsort()], mask.device)  # to the order of the prompts
     parts = [samples.rows(indices) for indices in places]
     views = [_model_views(policy, ref_policy, value_model, config, part) for part in parts]
     views = [torch.cat(view)[back] for view in zip(*views, strict=True)]
@@ -131,7 +132,7 @@ def collect_rollout(
 
 def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows) -> Samples:
     device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
-    query, query_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_token_id))
+    query, query_mask = to_device(left_pad(prompts, tokenizer.pad_token_id), device)
     limits = (config.max_response_tokens, eos_id, tokenizer.pad_token_id)
     response = generate(policy, query, query_mask, *limits, seed, step, rows, config.temperature)
     mask = response_mask(response, eos_id)

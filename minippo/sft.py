@@ -4,6 +4,7 @@ import torch
 
 from minippo.batching import Encoded, left_pad, pieces, right_pad
 from minippo.config import SFTConfig
+from minippo.devices import to_device
 from minippo.logprobs import gather_logprobs
 from minippo.models import counted_logits, pack
 from minippo.optim import training_loop
@@ -17,7 +18,7 @@ def join(prompts: list[list[int]], responses: list[list[int]], pad_id: int, devi
     query, query_mask = left_pad(prompts, pad_id)
     response, mask = right_pad(responses, pad_id)
     joined = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1), mask
-    return tuple(x.to(device, non_blocking=True) for x in joined)
+    return to_device(joined, device)
 
 
 def sft_loss(policy, tokens, attention_mask, mask):
@@ -27,7 +28,7 @@ def sft_loss(policy, tokens, attention_mask, mask):
     mask: (B, R)
     returns: (), -mean log pi over the tokens that count
     """
-    packed = pack(tokens, attention_mask, mask)
+    packed = pack(tokens, attention_mask, mask).to(next(policy.parameters()).device)
     return -gather_logprobs(counted_logits(policy, packed), packed.targets).mean()
 
 
@@ -47,10 +48,9 @@ def train_sft(policy, rows: list[Encoded], config: SFTConfig, pad_id: int, seed=
 
 def accumulate_sft(policy, batch: list[Encoded], micro_batch_size: int, pad_id: int):
     """Gradients of the token mean over the whole batch, in micro-batches; returns the loss ()."""
-    device = next(policy.parameters()).device
     total, loss = sum(len(row.responses[0]) for row in batch), 0.0
     for piece in pieces(sorted(batch, key=lambda row: row.length), micro_batch_size):
-        tensors = join([r.prompt for r in piece], [r.responses[0] for r in piece], pad_id, device)
+        tensors = join([r.prompt for r in piece], [r.responses[0] for r in piece], pad_id)
         share = sum(len(r.responses[0]) for r in piece) / total
         part = sft_loss(policy, *tensors) * share
         part.backward()

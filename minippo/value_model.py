@@ -5,6 +5,7 @@ from torch import Tensor
 
 from minippo.batching import Encoded
 from minippo.config import ValueConfig
+from minippo.devices import to_device
 from minippo.masking import masked_mean
 from minippo.models import ValueModel, counted_values, pack
 from minippo.optim import training_loop
@@ -15,9 +16,9 @@ def _values(value_model, rows: list[Encoded], pad_id: int) -> tuple[Tensor, Tens
     """values and mask, both (B, R), along the first answer of each row."""
     device = next(value_model.parameters()).device
     prompts, responses = [row.prompt for row in rows], [row.responses[0] for row in rows]
-    tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
-    packed = pack(tokens, attention_mask, mask)
-    return packed.spread(counted_values(value_model, packed)), mask
+    tokens, attention_mask, mask = join(prompts, responses, pad_id)
+    packed = pack(tokens, attention_mask, mask).to(device)
+    return packed.spread(counted_values(value_model, packed)), *to_device([mask], device)
 
 
 def warmup_loss(value_model, rows: list[Encoded], targets: Tensor, pad_id: int) -> Tensor:
@@ -45,7 +46,7 @@ def train_value_model(
     device = next(value_model.parameters()).device
 
     def gradients(indices):
-        wanted = torch.tensor([targets[i] for i in indices], device=device)
+        (wanted,) = to_device([torch.tensor([targets[i] for i in indices])], device)
         loss = warmup_loss(value_model, [rows[i] for i in indices], wanted, pad_id)
         loss.backward()
         return {"loss/value": loss}
