@@ -142,3 +142,17 @@ def unasked_mask(model, attention_mask: Tensor, queries: int) -> Tensor:
     size = attention_mask.shape[1]
     earlier = torch.ones(queries, size, dtype=torch.bool, device=device).tril(size - queries)
     return earlier & attention_mask.bool()[:, None, None]
+
+
+def skip_padding_question(model) -> None:
+    """Without a mask GPT-2 looks for padding in each pass, for which the host waits, and warns.
+
+    There is none in front of a real token, and what stands behind is not looked at.
+    """
+    base = getattr(model, "base_model", model)
+    if hasattr(base, "warn_if_padding_and_no_attention_mask"):
+        base.warn_if_padding_and_no_attention_mask = _say_nothing
+
+
+def _say_nothing(*arguments) -> None:
+    return None

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from minippo.config import DATA_DIR
-from minippo.devices import at_least_float32, autocast, to_device, unasked_mask, uncompiled
+from minippo.devices import (
+    at_least_float32,
+    autocast,
+    skip_padding_question,
+    to_device,
+    unasked_mask,
+    uncompiled,
+)
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
@@ -39,7 +46,9 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
     attention_mask: (B, T); None if every row begins with its real tokens: what stands behind them
         changes nothing, since attention is causal, and without a mask it is fastest
     """
-    if attention_mask is not None:
+    if attention_mask is None:
+        skip_padding_question(model)
+    else:
         places = position_ids(attention_mask)[:, -tokens.shape[1] :]
         seen = unasked_mask(model, attention_mask, tokens.shape[1])
         options |= {"attention_mask": seen, "position_ids": places}
