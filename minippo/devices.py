@@ -126,33 +126,22 @@ def stored_as(model: nn.Module, dtype: str) -> nn.Module:
     return model
 
 
-def unasked_mask(model, attention_mask: Tensor, queries: int) -> Tensor:
-    """A mask that transformers takes as it is.
+def unasked_mask(model, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """On a GPU a mask that transformers takes as it is, elsewhere the one that was given.
 
-    It asks one of (B, S) whether all of it is True: on a GPU the host waits for that in each pass.
-    attention_mask: (B, S)
-    returns: (B, 1, queries, S), which tokens each of the last `queries` sees; as it was on a CPU,
-        and for attention that wants it so: with a window, or of another kernel than torch's
+    transformers asks a mask (B, S) whether all of it is True, and where there is none the positions
+    whether they are in order. On a GPU the host waits for the answer, in every pass.
+    tokens: (B, T), the last ones of (B, S) if there is a cache
+    returns: (B or 1, 1, T, S), which tokens each of the T sees; what was given also for attention
+        that wants it so: with a window, or by another kernel than torch's
     """
-    config, device = getattr(model, "config", None), attention_mask.device
+    config, device = getattr(model, "config", None), tokens.device
     is_plain = getattr(config, "_attn_implementation", None) == "sdpa"
     is_plain &= getattr(config, "sliding_window", None) is None
     if device.type == "cpu" or not is_plain:
         return attention_mask
-    size = attention_mask.shape[1]
-    earlier = torch.ones(queries, size, dtype=torch.bool, device=device).tril(size - queries)
-    return earlier & attention_mask.bool()[:, None, None]
-
-
-def skip_padding_question(model) -> None:
-    """Without a mask GPT-2 looks for padding in each pass, for which the host waits, and warns.
-
-    There is none in front of a real token, and what stands behind is not looked at.
-    """
-    base = getattr(model, "base_model", model)
-    if hasattr(base, "warn_if_padding_and_no_attention_mask"):
-        base.warn_if_padding_and_no_attention_mask = _say_nothing
-
-
-def _say_nothing(*arguments) -> None:
-    return None
+    queries = tokens.shape[1]
+    size = queries if attention_mask is None else attention_mask.shape[1]
+    earlier = torch.ones(1, 1, queries, size, dtype=torch.bool, device=device)
+    earlier = earlier.tril(size - queries)
+    return earlier if attention_mask is None else earlier & attention_mask.bool()[:, None, None]

@@ -19,7 +19,6 @@ from minippo.config import DATA_DIR
 from minippo.devices import (
     at_least_float32,
     autocast,
-    skip_padding_question,
     to_device,
     unasked_mask,
     uncompiled,
@@ -46,14 +45,19 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
     attention_mask: (B, T); None if every row begins with its real tokens: what stands behind them
         changes nothing, since attention is causal, and without a mask it is fastest
     """
-    if attention_mask is None:
-        skip_padding_question(model)
+    if attention_mask is not None:
+        options["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
+    seen = unasked_mask(model, attention_mask, tokens)
+    if seen is None:  # GPT-2 would warn of padding; there is none that a real token could see
+        getattr(model, "base_model", model).warn_if_padding_and_no_attention_mask = _say_nothing
     else:
-        places = position_ids(attention_mask)[:, -tokens.shape[1] :]
-        seen = unasked_mask(model, attention_mask, tokens.shape[1])
-        options |= {"attention_mask": seen, "position_ids": places}
+        options["attention_mask"] = seen
     with autocast(tokens.device), uncompiled() if use_cache else nullcontext():
         return model(input_ids=tokens, use_cache=use_cache, **options)
+
+
+def _say_nothing(*arguments) -> None:
+    return None
 
 
 def token_logits(model, tokens: Tensor, attention_mask: Tensor | None, kept: int = 0) -> Tensor:
