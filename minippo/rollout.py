@@ -124,10 +124,12 @@ def collect_rollout(
     advantages, returns = estimate_advantages(rewards, values, mask, config)
     if config.whiten_advantages and samples.lengths[:, 1].sum() > 1:  # one has no variance
         advantages = masked_whiten(advantages, mask)
-    return Rollout(
+    rollout = Rollout(
         samples.tokens, samples.attention_mask, samples.response, mask, *views,
         raw_scores, scores, rewards, advantages, returns,
     )  # fmt: skip
+    vars(rollout)["lengths"] = samples.lengths  # asked for already
+    return rollout
 
 
 def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows) -> Samples:

@@ -17,7 +17,9 @@ memory, races, and what real kernels make of the last bits.
 """
 
 import functools
-import traceback
+import linecache
+import os
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "fakecuda"
-ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("minippo", "tests")]
 aten = torch.ops.aten
 SHAPE = {aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.bincount}
 SHAPE |= {aten._unique2, aten.unique_dim, aten.unique_consecutive}
@@ -57,7 +59,8 @@ def _empty_strided(size, stride, dtype=None, **options):
 
 def _copy_from(source, target, non_blocking=False):
     """Where torch.tensor(..., device=device) and x[[0, 1]] end."""
-    entered[-1].record("to device", "copy_from")
+    if source.numel():  # as CUDA, which has nothing to do for none
+        entered[-1].record("to device", "copy_from")
     target.host.copy_(source)
     return target
 
@@ -91,13 +94,12 @@ class DeviceTensor(torch.Tensor):
 
 
 class FakeCuda(TorchDispatchMode):
-    """The device, switched on; `uploads` counts the copies to it."""
+    """The device, switched on; `waits` are those of the host so far."""
 
     def __init__(self):
         super().__init__()
         self.device = fake_device()
         self.waits: list[Wait] = []
-        self.uploads = 0
         self.pinned: list[torch.Tensor] = []
 
     def __enter__(self):
@@ -116,13 +118,14 @@ class FakeCuda(TorchDispatchMode):
 
     def record(self, kind: str, operation) -> None:
         """Keeps a wait, with the innermost line of ours that led to it."""
-        places = [
-            f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
-            for frame in traceback.extract_stack()
-            if Path(frame.filename).parent in (ROOT / "minippo", ROOT / "tests")
-            if frame.filename != __file__
-        ]
-        self.waits.append(Wait(kind, places[-1] if places else "", str(operation)))
+        frame = sys._getframe()
+        while frame and (frame.f_code.co_filename == __file__ or not _is_ours(frame)):
+            frame = frame.f_back
+        place = ""
+        if frame:
+            file, number = frame.f_code.co_filename, frame.f_lineno
+            place = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+        self.waits.append(Wait(kind, place, str(operation)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
@@ -152,8 +155,7 @@ class FakeCuda(TorchDispatchMode):
         packet = func.overloadpacket
         if goal not in (None, NAME):
             return "to host"
-        if packet in COPYING and not here[-1]:  # the source is the last tensor
-            self.uploads += 1
+        if packet in COPYING and not here[-1] and tensors[-1].numel():  # the source stands last
             if not (kwargs.get("non_blocking") or packet is aten.copy_ and args[2:] == (True,)):
                 return "to device"
             return None if self.pin(aten.is_pinned, tensors[-1]) else "pageable"
@@ -176,6 +178,10 @@ class FakeCuda(TorchDispatchMode):
             return not isinstance(x, DeviceTensor) and x.untyped_storage().data_ptr() in places
         self.pinned.append(x.clone())
         return self.pinned[-1]
+
+
+def _is_ours(frame) -> bool:
+    return os.path.dirname(frame.f_code.co_filename) in FOLDERS
 
 
 def _kind_of_indexing(packet, args) -> str | None:

@@ -3,6 +3,7 @@
 Proved on a fake device (fake_cuda.py), which is itself proved first.
 """
 
+from collections import Counter
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ QUIET = {
     "slice": lambda x: x[1:],
     "factories": lambda x: torch.full((3,), 2.0, device=x.device) + x.new_zeros(3),
     "pinned copy": lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True),
+    "nothing to copy": lambda x: torch.tensor([], device=x.device),
     "repeat": lambda x: x.repeat_interleave(2),
 }
 
@@ -141,7 +143,7 @@ class CountingHooks(Hooks):
 
 
 def four_models(device):
-    policy = tiny_gpt2(40, n_layer=2, n_embd=16, n_head=2, n_positions=32).to(device)
+    policy = tiny_gpt2(40, n_layer=1, n_embd=16, n_head=2, n_positions=32).to(device)
     reward_model = RewardModel.from_policy(policy)
     value_model = ValueModel.from_reward_model(reward_model)
     return policy, frozen_copy(policy), value_model, frozen_copy(reward_model)
@@ -181,12 +183,50 @@ def test_a_training_waits_once_a_step_for_its_metrics(gpu, name):
         assert "tolist" in waits[0].place
 
 
+def test_a_rollout_waits_once_a_token_and_once_for_each_batch_of_scores(gpu):
+    config = PPOConfig(**PPO)
+    models = four_models(gpu.device)
+    gpu.waits.clear()
+    rollout = collect_rollout(*models, PROMPTS, Tokenizer, config)
+    counts = Counter((wait.kind, wait.place.split(":")[0]) for wait in gpu.waits)
+    expected = {("shape", "generation.py"): rollout.response.shape[1]}  # which rows go on
+    expected["to host", "models.py"] = 1  # the lengths of the answers
+    expected["scalar", "models.py"] = 8 // 2  # the reward model's longest row
+    assert counts == expected
+
+
+def test_rollout_and_update_are_those_of_the_cpu(gpu):
+    # The device gets other masks than the CPU (devices.py), which must mean the same.
+    def step(device):
+        config = PPOConfig(**PPO, kl_loss_coef=0.1)
+        policy, ref_policy, value_model, reward_model = four_models(device)
+        with torch.no_grad():
+            policy.transformer.wte.weight.mul_(3)  # away from the reference
+            policy.transformer.ln_f.bias.copy_(40 * policy.transformer.wte.weight[1])  # some EOS
+        models = (policy, ref_policy, value_model)
+        rollout = collect_rollout(*models, reward_model, PROMPTS, Tokenizer, config)
+        rates = {"policy": 1e-3, "value": 1e-3}
+        optimizer = adamw({"policy": policy, "value": value_model}, rates)
+        stats = ppo_update(*models, optimizer, rollout, config, torch.Generator())
+        views = {name: x.cpu() for name, x in vars(rollout).items() if torch.is_tensor(x)}
+        return views | {name: float(x) for name, x in stats.items()}
+
+    fake, real = step(gpu.device), step(torch.device("cpu"))
+    lengths = real["mask"].sum(1)
+    assert lengths.min() < lengths.max()  # rows left the batch on the way
+    assert fake.keys() == real.keys()
+    for name, expected in real.items():
+        torch.testing.assert_close(fake[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 UPDATES = {
     "as configured": {},
     "the exact KL in the loss": {"kl_loss_coef": 0.1},
-    "k3 in the loss": {"kl_loss_coef": 0.1, "kl_loss_estimator": "k3"},
-    "one answer at a time": {"micro_batch_size": 1},
-    "warmer": {"temperature": 1.3, "ppo_epochs": 3},
+    "one answer at a time, k3 in the loss": {
+        "micro_batch_size": 1,
+        "kl_loss_coef": 0.1,
+        "kl_loss_estimator": "k3",
+    },
 }
 
 
