@@ -40,8 +40,7 @@ class Samples:
         indices = torch.arange(len(self.tokens))[indices]
         (there,) = to_device([indices], self.tokens.device)
         part = replace(self, **{f.name: getattr(self, f.name)[there] for f in fields(self)})
-        vars(part)["lengths"] = self.lengths[indices]
-        return part
+        return _of_lengths(self.lengths[indices], part)
 
     def by_length(self, size: int) -> list[Tensor]:
         """Indices of the rows in pieces of `size`, similar lengths together: least padding."""
@@ -128,12 +127,16 @@ def collect_rollout(
     advantages, returns = estimate_advantages(rewards, values, mask, config)
     if config.whiten_advantages and samples.lengths[:, 1].sum() > 1:  # one has no variance
         advantages = masked_whiten(advantages, mask)
-    rollout = Rollout(
+    return _of_lengths(samples.lengths, Rollout(
         samples.tokens, samples.attention_mask, samples.response, mask, *views,
         raw_scores, scores, rewards, advantages, returns,
-    )  # fmt: skip
-    vars(rollout)["lengths"] = samples.lengths  # asked for already
-    return rollout
+    ))  # fmt: skip
+
+
+def _of_lengths(lengths: Tensor, samples: Samples):
+    """The samples, their lengths known: the device need not be asked again."""
+    vars(samples)["lengths"] = lengths
+    return samples
 
 
 def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int, rows) -> Samples:

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "fakecuda"
 FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("minippo", "tests")]
@@ -131,7 +130,8 @@ class FakeCuda(TorchDispatchMode):
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
         if packet in (aten._pin_memory, aten.is_pinned):
             return self.pin(packet, args[0])
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = []
+        _each(lambda x: tensors.append(x) or x, (*args, *kwargs.values()))
         here = [isinstance(x, DeviceTensor) for x in tensors]
         goal = args[0].device if packet is aten.copy_ else kwargs.get("device")
         goal = None if goal is None else torch.device(goal).type
@@ -142,10 +142,11 @@ class FakeCuda(TorchDispatchMode):
             self.record(kind, func)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        host_args, host_kwargs = tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
-        result = func(*host_args, **host_kwargs)
+        names, hosts = list(kwargs), _each(_host, (*args, *kwargs.values()))
+        named = dict(zip(names, hosts[len(args) :]))
+        result = func(*hosts[: len(args)], **named)
         if goal in (None, NAME):
-            result = tree_map_only(torch.Tensor, DeviceTensor, result)
+            result = _each(DeviceTensor, result)
         if not any(here):
             return result
         return return_and_correct_aliasing(func, args, dict(kwargs), result)
@@ -178,6 +179,19 @@ class FakeCuda(TorchDispatchMode):
             return not isinstance(x, DeviceTensor) and x.untyped_storage().data_ptr() in places
         self.pinned.append(x.clone())
         return self.pinned[-1]
+
+
+def _host(x):
+    return x.host if isinstance(x, DeviceTensor) else x
+
+
+def _each(change, value):
+    """`change` of each tensor in arguments or results; all that a pytree does, and faster."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_each(change, x) for x in value])
+    return value
 
 
 def _is_ours(frame) -> bool:

@@ -6,7 +6,7 @@ shown there.
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from minippo import cli
 from minippo.config import PPOConfig
 from minippo.devices import checkpoint_layers, compile_forward, precision, stored_as, to_device
 from minippo.generation import generate
-from minippo.models import RewardModel, response_logits, tiny_gpt2
+from minippo.logprobs import gather_logprobs
+from minippo.models import RewardModel, counted_logits, pack, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_update
 from minippo.rollout import Rollout
@@ -44,8 +45,9 @@ def rollout():
 
 def moved(rollout: Rollout, device) -> Rollout:
     """The same rollout on another device."""
-    kept = {name: x.to(device) for name, x in vars(rollout).items() if torch.is_tensor(x)}
-    return replace(rollout, **kept)
+    return replace(
+        rollout, **{f.name: getattr(rollout, f.name).to(device) for f in fields(rollout)}
+    )
 
 
 def test_a_step_on_cuda_in_float32_is_that_of_the_cpu(cuda, rollout):
@@ -65,6 +67,19 @@ def test_bfloat16_on_cuda_is_within_the_bounds_of_the_cpu(cuda, rollout):
         expected = look(models, moved(rollout, cuda), CONFIG)
     with precision("auto"):
         check_bounds(look(models, moved(rollout, cuda), CONFIG), expected)
+
+
+def test_the_first_ratio_on_cuda_is_near_1(cuda):
+    # Other rows beside it may change the kernel that a row goes through, so near is all there is.
+    models = four_models(cuda)
+    with torch.no_grad():
+        for choice, bound in (("off", 1e-3), ("bf16", 0.1)):
+            with precision(choice):
+                rollout = act(models, CONFIG)
+                for batch in rollout.minibatches(8, torch.Generator()):
+                    logits = counted_logits(models[0], batch.packed)
+                    logprobs = gather_logprobs(logits, batch.packed.targets)
+                    assert (logprobs - batch.logprobs[batch.mask]).abs().max() < bound
 
 
 def test_fused_adamw_steps_as_the_plain_one(cuda):
@@ -117,11 +132,10 @@ def test_a_compiled_forward_on_cuda_gives_the_same(cuda):
     with precision("off"):
         for length in (24, 31, 40):
             tokens = torch.randint(2, 64, (4, length), device=cuda)
-            mask = torch.ones_like(tokens)
+            mask = torch.ones_like(tokens, dtype=torch.bool)
             grads = []
             for model in (policy, compiled):
-                logits = response_logits(model, tokens, mask, 8)
-                logits.square().mean().backward()
+                counted_logits(model, pack(tokens, mask, mask[:, -8:])).square().mean().backward()
                 grads.append([p.grad.clone() for p in model.parameters()])
                 model.zero_grad()
             for got, expected in zip(*grads):
@@ -133,10 +147,12 @@ def test_a_compiled_forward_on_cuda_gives_the_same(cuda):
 
 def peak_memory(model, tokens) -> int:
     """Bytes that a forward and a backward pass take beside the weights and their gradients."""
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    packed = pack(tokens, everywhere, everywhere[:, -8:])
     for _ in range(2):  # the first makes the gradients
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        response_logits(model, tokens, torch.ones_like(tokens), 8).square().mean().backward()
+        counted_logits(model, packed).square().mean().backward()
     return torch.cuda.max_memory_allocated() - before
 
 
