@@ -9,6 +9,12 @@
 #   make unit       the unit tests alone, two files at a time
 #   make mutants    put known wrong versions of the functions in place: each has to be noticed
 #   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
+#   make bench      one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
+#   make equal-time gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
+#   make changes    what each change for speed brings, into docs/performance.md (15 minutes)
+#   make bounds     strain the reader and a long PPO run: each has a limit of memory (10 minutes)
+#   make faults     kill a short demo 50 times, resume each, compare every byte (15 minutes)
+#   make cuda       what can only be tested where there is a CUDA device
 #   make oracle     train_ppo against the exact optimum: 173 trainings (20 minutes)
 #   make notebooks  run the committed notebooks and compare their outputs
 #   make exercises  run the exercise notebooks as a student gets them, unsolved
@@ -27,7 +33,7 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-NBVAL := $(BIN)/python -m pytest -q --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider
+NBVAL := MINIPPO_MINE=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 BUILT := $(wildcard notebooks/*.ipynb)
 UNSOLVED := $(wildcard notebooks/exercises/*.ipynb)
 
@@ -53,7 +59,8 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit mutants mutation oracle notebooks exercises staleness rebuild lint clean
+.PHONY: help demo seeds hh results data install test unit mutants mutation bench equal-time \
+  changes bounds faults cuda oracle notebooks exercises staleness rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -97,6 +104,22 @@ mutants: install
 mutation: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt mutmut
 	$(BIN)/python -m tests.mutants.general
+
+bench: BENCH = -m tests.benchmarks
+equal-time: BENCH = -m tests.benchmarks.equal_time
+changes: BENCH = -m tests.benchmarks.changes
+bench equal-time changes: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python $(BENCH) --write
+
+bounds: install
+	$(BIN)/python -m tests.bounds
+
+faults: install
+	$(BIN)/python -m tests.faults --kills 50
+
+cuda: install
+	$(BIN)/python -m pytest -q -m cuda tests/test_cuda.py
 
 oracle: install
 	$(BIN)/python docs/oracle_runs.py

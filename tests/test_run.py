@@ -419,7 +419,8 @@ def test_a_file_size_limit_ends_in_one_line_and_nothing_half_written(story, tmp_
 
     child = forked(limited, log)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    assert "cannot write" in the_line(log.read_text())
+    line = the_line(log.read_text())  # the pairs are spread on the disk before anything is trained
+    assert ("the pairs do not fit" if limit == 8_000 else "cannot write") in line
     assert partials(folder) == []
     assert not (folder / "sft" / "latest").exists()
     run("sft", tmp_path, data, "--resume")
