@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minippo.config import RunConfig
+from minippo.distributed import shard
 
 _autocast = ContextVar("autocast", default=RunConfig.autocast)  # what the run in progress asks for
 
@@ -71,13 +72,18 @@ def to_device(tensors, device: torch.device | None) -> tuple[Tensor, ...]:
 
 
 def prepared(model: nn.Module, config: RunConfig) -> nn.Module:
-    """The model on the run's device, checkpointed and compiled if the run wants it."""
-    model = model.to(device_of(config))
+    """The model on the run's device, checkpointed, compiled and in parts if the run wants it.
+
+    Copies of a model are made before, from a whole one.
+    """
+    device = device_of(config)
+    if not config.fsdp:
+        model = model.to(device)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:
         compile_forward(model)
-    return model
+    return shard(model, device) if config.fsdp else model
 
 
 def checkpoint_layers(model: nn.Module) -> None:
