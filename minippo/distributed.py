@@ -43,7 +43,7 @@ def own_rows(count: int) -> slice:
 
     Raises ValueError if there are fewer rows than processes.
     """
-    if count < world():
+    if count < world() > 1:
         message = f"{world()} processes cannot share a batch of {count} rows"
         raise ValueError(f"{message}; start fewer processes, or choose a larger batch")
     return slice(rank(), None, world())

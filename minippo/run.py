@@ -470,7 +470,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path, weights: dict | None =
     weights: the model's, if they are not in it: see `whole_weights`
     """
     save = model.save if hasattr(model, "save") else model.save_pretrained
-    save(folder, state_dict=weights)
+    save(folder, **({} if weights is None else {"state_dict": weights}))
     if tokenizer is None:
         return
     try:

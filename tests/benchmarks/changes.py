@@ -68,7 +68,7 @@ def rows_as_they_come(world) -> Iterator[None]:
     """Micro-batches of rows of any length."""
 
     def by_length(self, size):
-        return pieces(torch.arange(len(self.tokens)), size)
+        return [(rows, True) for rows in pieces(torch.arange(len(self.tokens)), size)]
 
     with mock.patch.object(rollout.Samples, "by_length", by_length):
         yield
