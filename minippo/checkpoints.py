@@ -261,6 +261,8 @@ def _restore_optimizer(optimizer, tensors: dict[str, Tensor], name: str) -> None
             _check_shape(f"{name}/{key}", value, parameters[int(index)])
             value = split_like(value, parameters[int(index)])
         saved["state"].setdefault(int(index), {})[moment] = value
+    if len({frozenset(moments) for moments in saved["state"].values()}) > 1:
+        raise ValueError(f"{name} has not the same moments of every parameter")
     optimizer.load_state_dict(saved)
 
 

@@ -161,12 +161,13 @@ def evaluate(
     --overwrite, which replaces the first evaluation.
     """
     from minippo import stages
+    from minippo.distributed import on_main
     from minippo.report import write_report
 
     with _open(run, {"eval": config}, overwrite) as (opened, source):
         result = stages.evaluate_stage(opened, source, config)
         print("\n" + stages.table_text(result["table"]))
-        print(f"\nreport: {write_report(opened.folder)}")
+        print(f"\nreport: {on_main(write_report)(opened.folder)}")
 
 
 def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
@@ -311,7 +312,7 @@ def _let_main_speak(error: BaseException) -> None:
 
     When it has ended, torchrun ends the others while they wait here.
     """
-    if os.environ.get("RANK", "0") != "0" and not isinstance(error, ConnectionError):
+    if os.environ.get("RANK", "0") != "0" and not getattr(error, "is_said_by_all", False):
         time.sleep(3)
 
 

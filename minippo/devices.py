@@ -100,6 +100,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         raise ValueError(f"{message}; leave out --gradient-checkpointing")
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)
+    _below(model).reads_whole = True
 
 
 def _recomputed(forward, *arguments, **options):
@@ -116,8 +117,18 @@ def _recomputed(forward, *arguments, **options):
 
 def compile_forward(model: nn.Module, backend: str = "inductor") -> None:
     """`torch.compile` of all below the head; a copy of the model is not compiled."""
-    below = getattr(model, "classifier", model).base_model
-    below.compile(dynamic=True, backend=backend)  # every batch has another length
+    _below(model).compile(dynamic=True, backend=backend)  # every batch has another length
+    _below(model).reads_whole = True
+
+
+def reads_whole(model: nn.Module) -> bool:
+    """Whether layers are recomputed or compiled, which passes over a cache are not."""
+    return getattr(_below(model), "reads_whole", False)
+
+
+def _below(model: nn.Module) -> nn.Module:
+    """The backbone, without the head."""
+    return getattr(getattr(model, "classifier", model), "base_model", model)
 
 
 def uncompiled():
@@ -143,7 +154,9 @@ def unasked_mask(model, attention_mask: Tensor | None, tokens: Tensor) -> Tensor
     """
     config, device = getattr(model, "config", None), tokens.device
     is_plain = getattr(config, "_attn_implementation", None) == "sdpa"
-    is_plain &= getattr(config, "sliding_window", None) is None
+    special = ("sliding_window", "attention_chunk_size", "alibi")
+    is_plain &= not any(getattr(config, name, None) for name in special)
+    is_plain &= set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
     if device.type == "cpu" or not is_plain:
         return attention_mask
     queries = tokens.shape[1]

@@ -146,6 +146,10 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         message = "--fsdp splits models over processes that torchrun starts"
         raise ValueError(f"{message}: torchrun --nproc-per-node 2 -m minippo ... --fsdp")
     from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        message = f"torch {torch.__version__} cannot add up the gradients of sharded models"
+        raise ValueError(f"{message}; --fsdp needs a newer one: it is tested with 2.13")
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # It warns of operations in place on what a backbone returns. There are none.
@@ -228,15 +232,24 @@ def on_main(action):
 
     @functools.wraps(action)
     def once(*arguments, **options):
-        result = None
+        result, failure = None, ValueError("the main process could not go on, and has said why")
         _wait()
         if rank() == 0:
-            with alone():
-                result = action(*arguments, **options)
-        _wait()
+            result, failure = _tried(action, *arguments, **options)
+        if anywhere(rank() == 0 and failure is not None):
+            raise failure
         return result
 
     return once
+
+
+def _tried(action, *arguments, **options) -> tuple:
+    """(result, None) or (None, what was raised): the others are told before it is raised."""
+    try:
+        with alone():
+            return action(*arguments, **options), None
+    except Exception as error:
+        return None, error
 
 
 def _wait() -> None:
@@ -248,7 +261,7 @@ def joined():
     """Inside, the processes that torchrun started work together, and only rank 0 has a terminal.
 
     CPU tensors travel by gloo, those on CUDA by nccl; each process takes the card of its number.
-    Raises ConnectionError if another process is gone, ValueError if there are too few cards.
+    Raises ProcessLost if another process is gone, ValueError if there are too few cards.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
@@ -279,10 +292,16 @@ def _stopped(signum, frame):
     raise _lost()
 
 
-def _lost() -> ConnectionError:
+class ProcessLost(KeyboardInterrupt):
+    """Another process has ended, so this one is over as well: no error of what it was doing."""
+
+    is_said_by_all = True  # whoever is left, says it
+
+
+def _lost() -> ProcessLost:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to be said before the end
     message = "another process of this run ended, or torchrun was told to stop"
-    return ConnectionError(f"{message}; what was saved is whole: go on with --resume")
+    return ProcessLost(f"{message}; what was saved is whole: go on with --resume")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from minippo.config import DATA_DIR
 from minippo.devices import (
     at_least_float32,
     autocast,
+    reads_whole,
     to_device,
     unasked_mask,
     uncompiled,
@@ -64,7 +65,8 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
         getattr(model, "base_model", model).warn_if_padding_and_no_attention_mask = _say_nothing
     else:
         options["attention_mask"] = seen
-    with autocast(tokens.device), uncompiled() if use_cache else nullcontext():
+    is_compiled = use_cache and reads_whole(model)
+    with autocast(tokens.device), uncompiled() if is_compiled else nullcontext():
         return model(input_ids=tokens, use_cache=use_cache, **options)
 
 
@@ -403,8 +405,10 @@ class RewardModel(_ScalarHead):
         """
         backbone, k = self.classifier.base_model, len(response) // len(query)
         seen = torch.cat([query_mask.repeat_interleave(k, 0), mask], 1)
-        if is_sharded(self.classifier.score.weight):  # FSDP puts layers together for gradients of
-            tokens = torch.cat([query.repeat_interleave(k, 0), response], 1)  # outputs, not caches
+        # FSDP puts layers together for gradients of outputs, not of caches; nor are passes over a
+        # cache compiled or recomputed.
+        if is_sharded(self.classifier.score.weight) or reads_whole(backbone):
+            tokens = torch.cat([query.repeat_interleave(k, 0), response], 1)
             return self(tokens, seen).view(-1, k)
         cache = forward_pass(backbone, query, query_mask, use_cache=True).past_key_values
         cache.batch_repeat_interleave(k)  # keys and values of the query; gradients flow into them

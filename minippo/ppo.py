@@ -5,7 +5,7 @@ from torch import nn
 
 from minippo.batching import batch_plan, check_context
 from minippo.config import PPOConfig
-from minippo.distributed import sum_metrics
+from minippo.distributed import sum_metrics, world
 from minippo.kl import KL_ESTIMATORS, adapt_kl_coef
 from minippo.logprobs import gather_logprobs
 from minippo.losses import policy_loss, ppo_objective, value_loss
@@ -90,6 +90,12 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
     """Refuses what cannot work before anything is done; turns dropout off in all four models."""
     if ref_policy is policy:
         raise ValueError("ref_policy is the policy itself: KL stays 0; pass frozen_copy(policy)")
+    if not all(prompts):
+        raise ValueError("a prompt has no token: nothing would predict its answer's first; drop it")
+    rows = min(len(prompts), config.batch_size) % config.minibatch_size or config.minibatch_size
+    if rows < world():
+        message = f"the last minibatch has {rows} rows, too few for {world()} processes"
+        raise ValueError(f"{message}; choose sizes that divide each other, or fewer processes")
     longest = max(map(len, prompts), default=0)
     for model in (policy, ref_policy, value_model, score_fn):
         check_context(model, longest, config.max_response_tokens)

@@ -439,7 +439,8 @@ class Run(Hooks):
             if self.stopping and world() == 1:  # torchrun passes on what the terminal sent us too
                 raise KeyboardInterrupt
             self.stopping = True
-            tqdm.write("stopping as soon as all is saved; press Ctrl-C again to stop at once")
+            again = "; press Ctrl-C again to stop at once" if world() == 1 else ""
+            tqdm.write(f"stopping as soon as all is saved{again}")
 
         before = signal.signal(signal.SIGINT, stop)  # None: of no Python function
         self.handler = signal.default_int_handler if before is None else before

@@ -26,7 +26,7 @@ from minippo.config import (
     ValueConfig,
 )
 from minippo.devices import device_of, precision, prepared, stored_as
-from minippo.distributed import alone
+from minippo.distributed import alone, on_main
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -468,7 +468,7 @@ def demo_stages(run: Run, source: Source) -> dict:
     if not run.finished("ppo"):
         ppo_stage(run, source, stages["ppo"])
     result = evaluate_stage(run, source, stages["eval"])
-    write_report(run.folder)
+    on_main(write_report)(run.folder)
     return result
 
 

@@ -154,13 +154,25 @@ def test_fsdp_without_torchrun_says_how_to_start_it():
         shard(tiny_gpt2(20, 1, 8, 2, 16), torch.device("cpu"))
 
 
+def test_what_fails_in_the_main_process_is_raised_there_as_it_was(monkeypatch):
+    def write():
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        distributed.on_main(write)()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "anywhere", lambda flag: True)  # the main one has failed
+    with pytest.raises(ValueError, match="main process could not go on"):
+        distributed.on_main(write)()
+
+
 def test_an_error_that_all_processes_meet_is_said_by_the_main_one(monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "0")
     cli._let_main_speak(ValueError())
     monkeypatch.setenv("RANK", "1")
-    cli._let_main_speak(ConnectionError())  # whoever is left says so at once
+    cli._let_main_speak(distributed.ProcessLost())  # whoever is left says so at once
     assert waits == []
     cli._let_main_speak(ValueError())
     assert waits == [3]
@@ -357,7 +369,7 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bytes(runs):
     child = tiny_runs.forked(functools.partial(launched, arguments), log)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     said = log.read_text()
-    assert said.count("minippo: another process of this run ended") == 1, said
+    assert said.count("minippo: interrupted; another process of this run ended") == 1, said
     assert (out / "r" / "ppo" / "latest").read_text() == "step-000002"
     run_all(2, out, runs / "pairs.jsonl", ["ppo"], "--resume")
     assert tiny_runs.contents(out / "r") == tiny_runs.contents(runs / "2" / "r")

@@ -29,7 +29,10 @@ BUDGETS = {
     # and weigh them by its share. What a lesson need not know, the rung "the machine", is not
     # counted: processes, devices, what is looked at in a stranger's files.
     "code lines, settings to learning": 1552,
-    "code lines of distributed": 165,  # what one process need not read: the sums, FSDP, torchrun
+    # What a lesson need not know: the sums over processes, FSDP; devices; a stranger's files.
+    "code lines of distributed": 180,
+    "code lines of devices": 110,
+    "code lines of checkpoints": 220,
     "lines of a function": 30,  # from def to its end, the docstring not counted
     "lines of a formula's body": 10,  # comments and blank lines not counted
     "nesting in a function": 3,
@@ -268,8 +271,9 @@ def test_settings_to_learning_can_be_read_in_one_sitting():
     assert sum(sizes.values()) <= BUDGETS["code lines, settings to learning"], sizes
 
 
-def test_several_processes_can_be_read_in_one_sitting():
-    assert len(code_lines(MODULES["distributed"])) <= BUDGETS["code lines of distributed"]
+@pytest.mark.parametrize("module", LADDER["the machine"])
+def test_the_machine_can_be_read_in_one_sitting(module):
+    assert len(code_lines(MODULES[module])) <= BUDGETS[f"code lines of {module}"]
 
 
 def test_functions_are_short():
