@@ -252,7 +252,7 @@ def _restore_model(model: nn.Module, tensors: dict[str, Tensor], name: str) -> N
 
 def _restore_optimizer(optimizer, tensors: dict[str, Tensor], name: str) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = optimizer.state_dict()
+    saved = {**optimizer.state_dict(), "state": {}}
     for key, value in tensors.items():
         index, _, moment = key.partition("/")
         if not index.isdigit() or int(index) >= len(parameters):

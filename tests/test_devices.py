@@ -171,7 +171,7 @@ def test_rankings_are_read_whole_where_layers_are_checkpointed(policy):
     again, fewer_bytes = gradients(reward_model, lambda m: m.score_candidates(*tensors))
     assert fewer_bytes < 0.5 * all_bytes
     for got, expected in zip(again, plain):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_without_such_layers_is_refused():
