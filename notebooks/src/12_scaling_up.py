@@ -372,11 +372,11 @@ from safetensors.torch import load_file
 
 one, two = (load_file(folder / n / "sft" / "final" / "model.safetensors") for n in ("whole", "two"))
 gap = max(float((one[key] - two[key]).abs().max()) for key in one)
-moved = max(float((one[k] - p).abs().max()) for k, p in load_policy("base").state_dict().items()
-            if k in one)  # fmt: skip
+before = load_policy("base").state_dict()
+moved = max(float((one[key] - before[key]).abs().max()) for key in one)
 print("two processes, one result, to 1e-4:", gap < 1e-4)
-print("and training has moved the weights by more than 1e-2:", moved > 1e-2)
-assert gap < 1e-4 < 1e-2 < moved
+print("and training has moved the weights by more than 1e-3:", moved > 1e-3)
+assert gap < 1e-4 < 1e-3 < moved
 
 # %% [markdown]
 # In a terminal, on a machine with two cards, and for a model that does not fit on one:
