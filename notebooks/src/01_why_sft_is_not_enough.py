@@ -21,8 +21,8 @@
 #
 # ## The question
 #
-# **SFT** (supervised fine-tuning) shows a language model questions with answers that somebody wrote,
-# the *demonstrations*, and makes these answers more likely. It works. What can it *not* say?
+# **SFT** (supervised fine-tuning) shows a language model questions with answers that somebody
+# wrote, the *demonstrations*, and makes these answers more likely. It works. What can it *not* say?
 #
 # - It cannot say no. Each demonstration says "more of this"; none says "less of that".
 # - It cannot point. Each token of a demonstration gets the same push, whether it is the best or
@@ -43,8 +43,8 @@ if "google.colab" in sys.modules:
 # %%
 import copy
 
-import matplotlib.pyplot as plt
 import torch
+from torch.nn import functional as F
 
 from minippo.models import load_policy, load_tokenizer, token_logits
 
@@ -214,6 +214,7 @@ from minippo.logprobs import gather_logprobs, response_window
 from minippo.sft import join
 
 tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
+sft.loss_type = "ForCausalLM"  # which of its losses transformers shall take
 question = "How do I grow sweet tomatoes?"
 prompt = encode_prompt(tokenizer, question)
 
@@ -233,8 +234,7 @@ demonstrations = [helpful, half_rude, rude]
 
 # %%
 tokens, attention_mask, mask = batch_of(demonstrations)
-loss_mask = torch.zeros_like(attention_mask)
-loss_mask[:, -mask.shape[1] :] = mask
+loss_mask = F.pad(mask, (len(prompt), 0))  # False on the question
 with torch.no_grad():
     mine = lm_loss(token_logits(sft, tokens, attention_mask), tokens, loss_mask)
     labels = tokens.masked_fill(~loss_mask, -100)
@@ -261,6 +261,7 @@ def answer_logprobs(model, answers):
     return logprobs.masked_fill(~mask, 0), mask
 
 
+# %%
 def train(answers, steps, weights=1.0, lr=0.05, after_step=lambda model: None):
     model = copy.deepcopy(sft)
     optimizer = torch.optim.SGD(model.parameters(), lr)
@@ -372,7 +373,7 @@ for answer in (good[0], *bad):
 # > than before, or more?
 
 # %%
-history = [log_p(sft, bad)]
+history = [log_p(sft, bad)]  # (2,), one for each bad answer
 only_good = train(good, 20, after_step=lambda model: history.append(log_p(model, bad)))
 history = torch.stack(history)
 for i, answer in enumerate(bad):
@@ -385,39 +386,50 @@ for i, answer in enumerate(bad):
 
 
 # %%
-def parts_of(model):
-    """Log-probability of the shared beginning of `twice`, and of the rest of it."""
-    with torch.no_grad():
-        logprobs = answer_logprobs(model, [twice])[0][0]
-    length = len(encode_response(tokenizer, shared)) - 1  # without its EOS
+def parts_of(model, answer, beginning):
+    """Log-probability of the beginning of an answer, and of the rest of it: (2,)."""
+    logprobs = answer_logprobs(model, [answer])[0][0].detach()
+    length = len(encode_response(tokenizer, beginning)) - 1  # without its EOS
     return torch.stack([logprobs[:length].sum(), logprobs[length:].sum()])
 
 
-parts = [parts_of(sft)]
-train(good, 20, after_step=lambda model: parts.append(parts_of(model)))
-parts = torch.stack(parts)
-gains = parts[-1] - parts[0]
-print(f"shared beginning {gains[0].item():+.2f}, rest {gains[1].item():+.2f} nats")
+# %%
+parts = [parts_of(sft, twice, shared)]
+train(good, 20, after_step=lambda model: parts.append(parts_of(model, twice, shared)))
+parts = torch.stack(parts) - parts[0]  # (21, 2), the change since the start
+print(f"shared beginning {parts[20, 0].item():+.2f}, rest {parts[20, 1].item():+.2f} nats")
+assert parts[20, 0] > 3 and parts[20, 1] < 0
+
+
+# %%
+import matplotlib.pyplot as plt
+
+from minippo.plots import COLOURS, STYLES
+
+
+def axes(title, xlabel, ylabel):
+    axis = plt.subplots(figsize=(7, 3.2))[1]
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
 
 # %% tags=["nbval-ignore-output"]
-from minippo.plots import COLOURS
-
-figure, axis = plt.subplots(figsize=(7, 3.2))
-lines = (parts.sum(1) - parts.sum(1)[0], "whole answer"), (parts[:, 0] - parts[0, 0], "shared part")
-for i, (line, name) in enumerate([*lines, (parts[:, 1] - parts[0, 1], "the rest")]):
-    axis.plot(line, color=COLOURS[i], linestyle=("-", "--", ":")[i], lw=2, label=name)
+axis = axes("A bad answer that was never shown", "SFT steps on good answers", "change of log p")
+lines = {"whole answer": parts.sum(1), "shared part": parts[:, 0], "the rest": parts[:, 1]}
+for i, (name, line) in enumerate(lines.items()):
+    axis.plot(line, color=COLOURS[i], linestyle=STYLES[i], lw=2, label=name)
 axis.axhline(0, color="black", lw=0.6)
-axis.set(xlabel="SFT steps on good answers", ylabel="change of log p (nats)")
-axis.set_title("A bad answer that was never shown", loc="left", fontsize=11)
+axis.set_xticks(range(0, 21, 5))
 axis.legend(frameon=False)
-axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
 # The token loss only looks back. It raises the beginning of a good answer without knowing how the
 # answer goes on, so it raises the beginning of every answer that begins alike. The note that this
-# course follows has the sentence *you are a student, how nice that would be*: "you are a student" is
-# always learned as something to say.
+# course follows has the sentence *you are a student, how nice that would be*: "you are a student"
+# is always learned as something to say.
 #
 # Is SFT useless then? No. Sample from both models and let the annotator judge:
 
@@ -434,6 +446,7 @@ def sampled(model, count=128):
     return counts | {"Sure!": texts.count("Sure!"), "gold": sum(j.score for j in judged) / count}
 
 
+# %%
 def show(name, found):
     counts = "  ".join(f"{key} {found[key]:3d}" for key in ("rude", "unreadable", "Sure!"))
     print(f"{name:24s} mean gold {found['gold']:+.1f}  of 128: {counts}")
@@ -456,7 +469,8 @@ show("trained on good answers", sampled_good)
 # %%
 logprobs, _ = answer_logprobs(sft, [half_rude])
 losses = -logprobs[0].detach()
-names = [tokenizer.decode([token]).strip() for token in encode_response(tokenizer, half_rude)]
+ids = encode_response(tokenizer, half_rude)
+names = [tokenizer.decode([token]).strip() for token in ids[:-1]] + ["EOS"]
 rude_length = len(encode_response(tokenizer, rude)) - 1
 print("  ".join(f"{name} {x:.1f}" for name, x in zip(names, losses.tolist(), strict=True)))
 print(f"weight of each token in the loss: 1/{len(losses)}")
@@ -464,16 +478,12 @@ share = (losses[:rude_length].sum() / losses.sum()).item()
 print(f"{rude_length} rude tokens of {len(losses)} make {share:.0%} of the loss")
 
 # %% tags=["nbval-ignore-output"]
-figure, axis = plt.subplots(figsize=(8, 3.2))
+axis = axes("Hatched: the rude part, which nobody wants", "", "token loss (nats)")
 colours = [COLOURS[1] if i < rude_length else COLOURS[0] for i in range(len(losses))]
 bars = axis.bar(range(len(losses)), losses.tolist(), color=colours)
 for bar in bars[:rude_length]:
     bar.set_hatch("//")
-names[-1] = "EOS"
 axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-axis.set(ylabel="token loss (nats)")
-axis.set_title("hatched: the rude part, which nobody wants", loc="left", fontsize=11)
-axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
@@ -487,8 +497,9 @@ plt.show()
 #
 # $$L = -\frac{\sum_t m_t \, w_t \log \pi(y_t \mid y_{<t})}{\sum_t m_t}$$
 #
-# With $w_t = 1$ this is SFT. With $w_t = 0$ a token is read but not learned. With $w_t < 0$ the sign
-# of the gradient turns: the token becomes *less* likely. `train` has had the argument all along.
+# With $w_t = 1$ this is SFT. With $w_t = 0$ a token is read but not learned. With $w_t < 0$ the
+# sign of the gradient turns: the token becomes *less* likely. `train` has had the argument all
+# along.
 # Six demonstrations, helpful but rude at the start; only the weight of the rude tokens differs:
 
 # %%
@@ -498,10 +509,14 @@ advice = [answer.removeprefix("Sure! ") for answer in good]
 
 
 def weighted(weight):
-    weights = torch.ones(mask.shape)
+    """A model trained with this weight on the rude tokens; log p of them after each step."""
+    weights, curve = torch.ones(mask.shape), []
     weights[:, :rude_length] = weight
-    curve = [log_p(sft, [rude]).item()]
-    watch = lambda model: curve.append(log_p(model, [rude]).item())  # noqa: E731
+
+    def watch(model):
+        curve.append(parts_of(model, rude, rude)[0].item())
+
+    watch(sft)
     return train(half_rude_answers, 10, weights, 0.1, watch), curve
 
 
@@ -512,22 +527,22 @@ show("SFT model", sampled_sft)
 judged = {weight: sampled(model) for weight, (model, _) in results.items()}
 for weight, found in judged.items():
     show(f"rude tokens weigh {weight:+.0f}", found)
+
+# %%
 gains = {w: (log_p(m, advice) - log_p(sft, advice)).mean().item() for w, (m, _) in results.items()}
-print("log p of the advice alone, change:", {w: f"{gain:+.1f}" for w, gain in gains.items()})
+for weight, gain in gains.items():
+    print(f"rude tokens weigh {weight:+.0f}: log p of the advice alone {gain:+.1f}")
 
 # %% tags=["nbval-ignore-output"]
-figure, axis = plt.subplots(figsize=(7, 3.2))
+axis = axes("Only the weight differs", "steps on six answers", "log p of the rude sentence")
 for i, (weight, (_, curve)) in enumerate(results.items()):
-    look = {"color": COLOURS[i], "linestyle": ("-", "--", "-.")[i], "marker": "os^"[i]}
-    axis.plot(curve, lw=2, ms=4, label=f"rude tokens weigh {weight:+.0f}", **look)
-axis.set(xlabel="steps on the same six answers", ylabel="log p of the rude answer")
-axis.set_title("Only the weight differs", loc="left", fontsize=11)
+    look = {"color": COLOURS[i], "linestyle": STYLES[i], "marker": "os^"[i], "ms": 4}
+    axis.plot(curve, lw=2, label=f"rude tokens weigh {weight:+.0f}", **look)
 axis.legend(frameon=False)
-axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Weight 1 makes nearly every sampled answer rude. Weight 0 keeps the advice and drops the insult:
+# Weight 1 makes most of the sampled answers rude. Weight 0 keeps the advice and drops the insult:
 # better data would do that too. Weight −1 says no, which no demonstration can, and the rude answers
 # are gone.
 #
@@ -541,9 +556,8 @@ plt.show()
 
 # %%
 log_good = [log_p(sft, good).mean().item()]
-only_no = train(
-    half_rude_answers, 8, -1.0, 0.1, lambda m: log_good.append(log_p(m, good).mean().item())
-)
+note = lambda model: log_good.append(log_p(model, good).mean().item())  # noqa: E731
+only_no = train(half_rude_answers, 8, -1.0, 0.1, note)
 print(f"log p of the good answers: before {log_good[0]:.1f}, after 3 steps {log_good[3]:.1f}")
 print("after 8 steps below -100:", log_good[-1] < -100)
 print("unreadable, of 128 samples:", sampled(only_no)["unreadable"])
@@ -551,10 +565,10 @@ assert log_good[-1] < -100
 
 # %% [markdown]
 # The mirror image of the first failure: the good answers share their ending with the rude ones, and
-# go down with them. And $-\log p$ has a floor at 0, while $+\log p$ has none, so each step is larger
-# than the one before. The model is destroyed within a few steps. A negative signal
-# needs a *baseline* (the weights of an answer's alternatives add up to about 0), small steps (PPO's
-# clip) and a leash (the KL to the reference). Each of these gets its notebook.
+# go down with them. And while $-\log p$ has a floor at 0, $+\log p$ has none: there is always more
+# to gain. The model is destroyed within a few steps. A negative signal needs a *baseline* (the
+# weights of the answers to one question add up to about 0), small steps (PPO's clip) and a leash
+# (the KL to the reference). Each of these gets its notebook.
 #
 # **The shift forgotten.** Compare the logits at a position with the token *at* that position. It
 # runs, the loss falls nicely, and the model gets worse:
@@ -565,25 +579,25 @@ def unshifted(logits, tokens, loss_mask):
     return -masked_mean(gather_logprobs(logits, tokens), loss_mask)
 
 
+# %%
 tokens, attention_mask, mask = batch_of(good)
-loss_mask = torch.zeros_like(attention_mask)
-loss_mask[:, -mask.shape[1] :] = mask
+loss_mask = F.pad(mask, (len(prompt), 0))
 model = copy.deepcopy(sft)
 optimizer = torch.optim.SGD(model.parameters(), 0.05)
-losses = {"unshifted": [], "right": []}
-
-# %%
+wrong, right = [], []
 for _ in range(31):
     logits = token_logits(model, tokens, attention_mask)
-    losses["unshifted"].append(unshifted(logits, tokens, loss_mask))
-    losses["right"].append(lm_loss(logits, tokens, loss_mask).item())
+    loss = unshifted(logits, tokens, loss_mask)
     optimizer.zero_grad()
-    losses["unshifted"][-1].backward()
+    loss.backward()
     optimizer.step()
-for name, curve in losses.items():
-    print(f"{name:10s} {float(curve[0]):6.2f} -> {float(curve[30]):6.2f}")
-assert losses["unshifted"][30] < losses["unshifted"][0] / 2
-assert losses["right"][30] > losses["right"][0] + 1
+    wrong.append(loss.item())
+    right.append(lm_loss(logits, tokens, loss_mask).item())
+
+# %%
+print(f"loss without the shift {wrong[0]:5.2f} -> {wrong[30]:5.2f}")
+print(f"lm_loss                {right[0]:5.2f} -> {right[30]:5.2f}")
+assert wrong[30] < wrong[0] / 2 and right[30] > right[0] + 1
 
 # %% [markdown]
 # What it learned: repeat the token you have just read. A falling loss proves nothing but that
@@ -592,18 +606,20 @@ assert losses["right"][30] > losses["right"][0] + 1
 # **The mask forgotten, the sign forgotten.** The same batch with eight columns of padding more:
 
 # %%
-from torch.nn import functional as F
-
-token_losses = -answer_logprobs(sft, good)[0].detach()
-mask = answer_logprobs(sft, good)[1]
+logprobs, mask = answer_logprobs(sft, good)
+token_losses = -logprobs.detach()
 longer, longer_mask = F.pad(token_losses, (0, 8)), F.pad(mask, (0, 8), value=False)
-print(f"masked_mean  {masked_mean(token_losses, mask):.3f} -> {masked_mean(longer, longer_mask):.3f}")
+means = masked_mean(token_losses, mask), masked_mean(longer, longer_mask)
+print(f"masked_mean  {means[0]:.3f} -> {means[1]:.3f}")
 print(f"plain mean   {token_losses.mean():.3f} -> {longer.mean():.3f}")
+assert torch.isclose(*means)
+assert longer.mean() < token_losses.mean()
+
+# %%
 wrong_sign = train(good, 1, weights=-1.0)
 fall = (log_p(wrong_sign, good) - log_p(sft, good)).mean().item()
 print(f"sign turned: after one step log p of the demonstrations {fall:+.2f}")
-assert torch.isclose(masked_mean(token_losses, mask), masked_mean(longer, longer_mask))
-assert longer.mean() < token_losses.mean() and fall < 0
+assert fall < 0
 
 # %% [markdown]
 # With the plain mean, how much a token counts depends on the longest answer beside it in the batch.
@@ -615,24 +631,29 @@ assert longer.mean() < token_losses.mean() and fall < 0
 #
 # | as printed | as meant |
 # |---|---|
-# | RLHF learns a triple (question, winner, loser) at each step | the *reward model* does; PPO sees only its scores |
-# | all tokens are a weighted mean | the weight is the advantage of each token, and it has a sign |
-# | PPO optimises the policy function, not the output distribution | for a language model they are the same |
+# | each step learns a triple (question, winner, loser) | the *reward model* does; PPO sees scores |
+# | the loss is a weighted mean over tokens | the weight is the token's advantage; it has a sign |
+# | PPO optimises the policy, not the output distribution | for a language model they are the same |
 #
 # ## Claims
 #
 # What the text says, asserted with room to spare:
 
 # %%
-rude_logs = {weight: curve[-1] - curve[0] for weight, (_, curve) in results.items()}
-print("bad answers more likely after SFT on good ones:", bool((history[-1] > history[0] + 1).all()))
-print("by their shared beginning, not by the rest:", bool(gains_first := parts[-1, 0] > parts[0, 0]))
-print("the mean gold score rose nevertheless:", sampled_good["gold"] > sampled_sft["gold"] + 1)
-print("rude sentence after weight +1, 0, -1:", [f"{x:+.1f}" for x in rude_logs.values()])
-assert bool((history[-1] > history[0] + 1).all()) and bool(gains_first)
-assert sampled_good["gold"] > sampled_sft["gold"] + 1
-assert judged[1.0]["rude"] > 90 and judged[0.0]["rude"] < 30 and judged[-1.0]["rude"] < 5
-assert rude_logs[-1.0] < rude_logs[0.0] - 3 < rude_logs[1.0] - 3 and gains[-1.0] > 1
+more_likely = bool((history[-1] > history[0] + 1).all())
+by_beginning = bool(parts[-1, 0] > 3 and parts[-1, 1] < 0)
+mean_rose = sampled_good["gold"] > sampled_sft["gold"] + 1
+print("bad answers more likely after SFT on good ones:", more_likely)
+print("by their shared beginning, not by the rest:", by_beginning)
+print("the mean gold score rose nevertheless:", mean_rose)
+assert more_likely and by_beginning and mean_rose
+
+# %%
+change = [curve[-1] - curve[0] for _, curve in results.values()]
+print("log p of the rude sentence, weights +1, 0, -1:", [f"{x:+.1f}" for x in change])
+print("rude, of 128 samples:", [found["rude"] for found in judged.values()])
+assert change[0] > 1 and change[1] < -1 and change[2] < -5 and gains[-1.0] > 1
+assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rude"] < 10
 
 # %% [markdown]
 # ## Quiz
@@ -651,12 +672,13 @@ assert rude_logs[-1.0] < rude_logs[0.0] - 3 < rude_logs[1.0] - 3 and gains[-1.0]
 # 2. It would come down: the probability after the shared beginning is used up by the good
 #    endings. It never gets a push of its own, and it comes down only as far as the data crowd it
 #    out.
-# 3. 3/33 and 30/33, since each token counts once. With a mean of row means one half each: a token of
-#    the short answer would weigh ten times as much.
+# 3. 3/33 and 30/33, since each token counts once. With a mean of row means one half each: a token
+#    of the short answer would weigh ten times as much.
 # 4. The advice became more likely as a *continuation*, and the model uses the same weights
 #    everywhere; answers that begin with advice rather than an insult gained too. That is
 #    generalisation, and not something the loss asked for.
-# 5. $w \log p$ with $w < 0$ is minimised by $\log p \to -\infty$, and a logarithm has no lower bound.
+# 5. $-w \log p$ with $w < 0$ is smallest where $\log p \to -\infty$, and a logarithm has no lower
+#    bound.
 #
 # </details>
 #
