@@ -73,8 +73,9 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # | $L_{SFT}$ | `loss` | `()` | `lm_loss` |
 #
 # `B` rows in a batch, `T` tokens in a row, `R` of them in the answer, `V` words in the vocabulary.
-# Answers in a batch differ in length. The shorter ones are filled up with *padding*, and the mask
-# is False there.
+# Each answer ends in **EOS**, the token that says it is over; it is learned like any other. Answers
+# in a batch differ in length. The shorter ones are filled up with *padding*, and the mask is False
+# there.
 #
 # ## By hand
 #
@@ -370,7 +371,7 @@ for answer in (good[0], *bad):
 
 # %% [markdown]
 # > **Predict.** After twenty steps on the good answers: is `Sure!`, and nothing more, less likely
-# > than before, or more?
+# > than before, or more? And saying the same thing twice?
 
 # %%
 history = [log_p(sft, bad)]  # (2,), one for each bad answer
@@ -382,7 +383,8 @@ for i, answer in enumerate(bad):
 
 # %% [markdown]
 # Training on good answers only made both bad ones several times as likely. To see why, split the
-# second one where it leaves the good answer.
+# second one where it leaves the good answer. (A difference of log-probabilities is counted in
+# *nats*, one for each factor $e$.)
 
 
 # %%
@@ -458,8 +460,9 @@ show("trained on good answers", sampled_good)
 
 # %% [markdown]
 # The mean goes up: good answers got more likely, and that is what imitation is for. But one kind of
-# bad answer went up with them, and training on good answers has no way to say so. More good answers
-# would push it down in the end, by crowding it out and never by telling it so.
+# bad answer went up with them, and training on good answers has no way to say so. In the figure the
+# whole answer has turned down at the end: the good endings crowd the bad one out. That is all that
+# good answers can do against it.
 #
 # ## Every token weighs the same
 #
@@ -669,9 +672,9 @@ assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rud
 #
 # 1. Its first two tokens were in all of them. The gain of the shared beginning was larger than the
 #    loss of the ending.
-# 2. It would come down: the probability after the shared beginning is used up by the good
-#    endings. It never gets a push of its own, and it comes down only as far as the data crowd it
-#    out.
+# 2. It would come down further, as the figure begins to show: the good endings use up the
+#    probability after the shared beginning. It never gets a push of its own, and it comes down only
+#    as far as the data crowd it out.
 # 3. 3/33 and 30/33, since each token counts once. With a mean of row means one half each: a token
 #    of the short answer would weigh ten times as much.
 # 4. The advice became more likely as a *continuation*, and the model uses the same weights

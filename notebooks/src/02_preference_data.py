@@ -65,7 +65,8 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # worths of one question changes nothing that can be observed.
 #
 # A person who has K answers on the table ranks them, and a ranking states
-# $\binom{K}{2} = K(K-1)/2$ pairs at once. Two things are made of the K answers to one question:
+# $\binom{K}{2} = K(K-1)/2$ pairs at once. Of the K answers to one question we make pairs, and a
+# mean:
 #
 # | symbol | variable | function |
 # |---|---|---|
@@ -381,7 +382,7 @@ assert max(abs(a - b) for a, b in zip(first_places, weights.tolist())) < 0.03
 
 # %% [markdown]
 # A ranking becomes its pairs. The **margin** of a pair is the gap of the scores, where scores are
-# known. It may be negative: that is a pair in which the annotator's noise won.
+# known. It may be negative, as in the first line below: there the annotator's noise won.
 
 # %%
 from minippo.preferences import group_by_prompt, ranking_to_pairs, ratings_to_pairs
@@ -392,7 +393,7 @@ stated = ranking_to_pairs(prompt_row, ranked, ranked_worth)
 for pair in stated:
     sides = f"{pair['chosen'][:22]} > {pair['rejected'][:22]}"
     print(f"{pair['id']}  margin {pair['margin']:+.2f}  {sides}")
-assert len(stated) == 4 * 3 // 2
+assert len(stated) == 4 * 3 // 2 and stated[0]["margin"] < 0 < stated[1]["margin"]
 
 # %% [markdown]
 # Where people give grades instead of a ranking, `ratings_to_pairs` sorts by them; a tie gives no
@@ -496,7 +497,8 @@ assert 0.3 < wrong / len(rows) < 0.5
 margins = torch.tensor([pair["margin"] for pair in pairs])
 right, swapped = (margins > 0).double().mean().item(), (-margins > 0).double().mean().item()
 print(f"the chosen answer has the higher gold score: {right:.1%}; exchanged: {swapped:.1%}")
-assert right > 0.8 and swapped < 0.2
+print(f"the same gold score: {(margins == 0).double().mean():.1%}")
+assert right > 0.7 and swapped < 0.2
 
 # %% [markdown]
 # **The leak.** Shuffle the pairs and keep a tenth for validation. Each answer occurs in several
