@@ -114,7 +114,7 @@ print(repr(row["chosen"][:60]))
 # %% [markdown]
 # The vocabulary of the format:
 #
-# - A **tag** is a blank line (two newlines), then `Human:` or `Assistant:`.
+# - A **tag** is a blank line (two newlines), then `Human:` or `Assistant:`. Mostly a space follows.
 # - A **turn** is what stands between two tags, without the white space around it. Turns alternate,
 #   the human begins, the assistant has the last word.
 # - The two dialogues agree in everything but the last turn. What they share is the **history** (the
