@@ -545,9 +545,9 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Weight 1 makes most of the sampled answers rude. Weight 0 keeps the advice and drops the insult:
-# better data would do that too. Weight −1 says no, which no demonstration can, and the rude answers
-# are gone.
+# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and leaves the insult
+# about as likely as it was: cleaner demonstrations would do the same. Weight −1 says no, which no
+# demonstration can, and the rude answers are nearly gone.
 #
 # This is the whole idea of the course. PPO keeps this loss, nearly; its weight is called the
 # **advantage** $A_t$: how much better it went than expected. The rest is about where
@@ -655,7 +655,7 @@ assert more_likely and by_beginning and mean_rose
 change = [curve[-1] - curve[0] for _, curve in results.values()]
 print("log p of the rude sentence, weights +1, 0, -1:", [f"{x:+.1f}" for x in change])
 print("rude, of 128 samples:", [found["rude"] for found in judged.values()])
-assert change[0] > 1 and change[1] < -1 and change[2] < -5 and gains[-1.0] > 1
+assert change[0] > 1 > abs(change[1]) and change[2] < -5 and gains[-1.0] > 1
 assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rude"] < 10
 
 # %% [markdown]
@@ -665,7 +665,8 @@ assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rud
 # 2. What would happen to the curve of the bad answer if you trained for very long?
 # 3. Two answers in a batch, of 3 and of 30 tokens. How much of `lm_loss` comes from each, if all
 #    token losses are equal? And with a mean of row means?
-# 4. With $w_t = 0$ on the rude tokens the model became less rude, though nothing said no. Why?
+# 4. With $w_t = 0$ on the rude tokens the insult stayed about as likely as before. Why did the good
+#    advice after it not help against it?
 # 5. Why can a loss with negative weights fall without end?
 #
 # <details><summary>Answers</summary>
@@ -677,9 +678,8 @@ assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rud
 #    as far as the data crowd it out.
 # 3. 3/33 and 30/33, since each token counts once. With a mean of row means one half each: a token
 #    of the short answer would weigh ten times as much.
-# 4. The advice became more likely as a *continuation*, and the model uses the same weights
-#    everywhere; answers that begin with advice rather than an insult gained too. That is
-#    generalisation, and not something the loss asked for.
+# 4. The loss of the advice is that of a *continuation*, $\log \pi(\text{advice} \mid \text{insult})$.
+#    It says what should follow the insult. It does not say that the insult should not have come.
 # 5. $-w \log p$ with $w < 0$ is smallest where $\log p \to -\infty$, and a logarithm has no lower
 #    bound.
 #

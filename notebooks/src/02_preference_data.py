@@ -252,6 +252,7 @@ from minippo.hh import BadPair
 TAG = re.compile(r"\n\n(Human|Assistant):")
 
 
+# %%
 def turns_of(text):
     """The texts of a dialogue, human and assistant in turn; BadPair if it is no dialogue."""
     ### BEGIN SOLUTION
