@@ -541,7 +541,7 @@ same = torch.zeros(1, 4)
 ratio, counts = same.exp(), torch.ones(1, 4, dtype=torch.bool)
 for name, penalty in (("log-ratio", same), ("bare ratio", ratio)):
     rewards = per_token_rewards(torch.tensor([1.0]), penalty, counts, kl_coef=0.1)
-    print(f"policy = reference, {name:10s}: {rewards[0].tolist()}, sum {rewards.sum():.1f}")
+    print(f"policy = reference, {name:10s}: {rewards}, sum {rewards.sum():.1f}")
 assert torch.isclose(rewards.sum(), torch.tensor(0.6))
 
 # %% [markdown]
@@ -812,7 +812,7 @@ assert max(negative[name] for name in ("positions", "temperature", "top-k")) < -
 # How large should $\beta$ be? Often it is easier to say how far the policy may go, in nats. An
 # adaptive controller then moves $\beta$ after every rollout:
 #
-# $$e = \text{clip}\left(\frac{KL}{target} - 1,\; -0.2,\; 0.2\right), \qquad
+# $$e = \mathrm{clip}\left(\frac{KL}{target} - 1,\; -0.2,\; 0.2\right), \qquad
 # \beta' = \beta \left(1 + e \, \frac{B}{horizon}\right)$$
 #
 # $B$ is the number of answers in the rollout. The **horizon** says over how many answers $\beta$
@@ -893,13 +893,14 @@ last = {name: history[-10:] for name, history in histories.items()}
 reached = {n: sum(h["objective/kl_per_sequence"] for h in rows) / 10 for n, rows in last.items()}
 coefs = {n: rows[-1]["objective/kl_coef"] for n, rows in last.items()}
 assert reached["fixed"] > 1.5 and coefs["fixed"] == 0.2
-assert 0.35 < reached["target 0.5"] < 0.65 and coefs["target 0.5"] > 0.6
-assert reached["target 0.02"] < 0.2 and coefs["target 0.02"] > coefs["target 0.5"]
-print("fixed beta: far away; target 0.5: held near 0.5 nats; target 0.02: hardly moves: True")
+assert 0.15 < reached["target 0.5"] < 1.0 and reached["target 0.02"] < 0.15
+assert coefs["target 0.02"] > 3 * coefs["target 0.5"] > 3 * coefs["fixed"]
+print("fixed: stays far away; target 0.5: brought near it; target 0.02: back at the reference")
 
 # %% [markdown]
-# The controller reacts late: the KL overshoots before $\beta$ has grown. That is the price of a
-# long horizon, and a short one makes it swing.
+# The controller reacts late: the KL overshoots before $\beta$ has grown, because each rollout of
+# 256 answers moves it by at most $0.2 \cdot 256 / 1000$, about 5%. In the third run it goes on
+# growing until nothing is left of what was learned.
 #
 # ## Claims
 #
