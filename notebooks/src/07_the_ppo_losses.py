@@ -1,0 +1,929 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 07 · The PPO losses: ratio, clip, value clip, and their sum
+#
+# **Promise.** You write the two losses that PPO minimises, draw what the clip does in each of its
+# six cases, check the gradient against the exact one, and see what happens when a rollout is used
+# for too long. **Needs.** Notebooks 05 and 06: log-probabilities, the KL, advantages and returns.
+# **Time.** 50 minutes, of which the computer needs less than one. Two exercises.
+#
+# ## The question
+#
+# Notebook 06 ended with a number for each token of an answer: its **advantage** $\hat A_t$, how
+# much better the answer went on from there than the critic expected. Tokens with a positive one
+# shall become more likely, tokens with a negative one less likely.
+#
+# Sampling answers is the expensive part of PPO. So each **rollout** (a batch of answers, with all
+# that the models said about them) is used for several steps of gradient descent. After the first
+# step the policy is no longer the one that sampled. **How far can a policy move on answers that an
+# older version of it gave, and what keeps it from going further?**
+
+# %%
+import os
+import sys
+import warnings
+
+os.environ["TQDM_DISABLE"] = "1"
+warnings.filterwarnings("ignore", message="IProgress not found")
+if "google.colab" in sys.modules:
+    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+
+# %%
+import copy
+import math
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+from minippo.plots import COLOURS, STYLES
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+torch.set_printoptions(precision=3, sci_mode=False)
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25})
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES)
+
+# %% [markdown]
+# ## The formula
+#
+# $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{old}(y_t \mid x, y_{<t})}
+# \qquad
+# L_{policy} = \operatorname{mean}_t \max\bigl(-\hat A_t \rho_t,\;
+# -\hat A_t \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon)\bigr)$$
+#
+# $$L_{value} = \tfrac12 \operatorname{mean}_t \max\bigl((V_t - R_t)^2,\;
+# (\operatorname{clip}(V_t, V^{old}_t \pm \epsilon_V) - R_t)^2\bigr)$$
+#
+# $$L_{PPO} = L_{policy} + c_1 L_{value} + c_2 L_{KL}$$
+#
+# | symbol | variable | shape | function |
+# |---|---|---|---|
+# | $\log \pi(y_t \mid x, y_{<t})$, now | `logprobs` | `(B, R)` | `gather_logprobs` |
+# | $\log \pi_{old}$, in the rollout | `old_logprobs` | `(B, R)` | `Rollout.logprobs` |
+# | $\rho_t$, the **ratio** | `ratio` | `(B, R)` | inside `policy_loss` |
+# | $\hat A_t$, $R_t$ (the **return**) | `advantages`, `returns` | `(B, R)` | `gae` |
+# | $V_t$ now, $V^{old}_t$ | `values`, `old_values` | `(B, R)` | `ValueModel` |
+# | does the token count? | `mask` | `(B, R)` bool | `response_mask` |
+# | $\epsilon$, $\epsilon_V$ | `clip_range`, `value_clip_range` | numbers | `PPOConfig`, both 0.2 |
+# | $L_{policy}$, $L_{value}$ | `loss` | `()` | `policy_loss`, `value_loss` |
+# | $L_{KL}$, policy against reference | `kl_loss` | `()` | `masked_mean` of `kl_full` |
+# | $c_1$, $c_2$ | `vf_coef`, `kl_loss_coef` | numbers | `PPOConfig`, 1 and 0 |
+# | $L_{PPO}$ | | `()` | `ppo_objective` |
+#
+# $\operatorname{clip}(z, a, b)$ is $z$, but at least $a$ and at most $b$. All means are over the
+# tokens that count. Three policies occur in this course. Do not mix them up: $\pi$ is being
+# trained, $\pi_{old}$ is the same network when the rollout was made, and $\pi_{ref}$ is the SFT
+# model, which never changes. The ratio compares with *old*, the KL with *ref*.
+#
+# ## By hand
+#
+# Two answers, five tokens that count, $\epsilon = 0.2$. The last position of the second answer is
+# padding; what stands there is an accident.
+#
+# ```text
+# ratio       1.0   0.5   1.5       advantage    1    -1     2       mask   1  1  1
+#             1.1   0.5   9.0                   -1     1     9              1  1  0
+#
+# -A ratio            -1.0   0.5  -3.0           -A clip(ratio)     -1.0   0.8  -2.4
+#                      1.1  -0.5                                     1.1  -0.8
+#
+# the larger one      -1.0   0.8  -2.4
+#                      1.1  -0.5
+# ```
+#
+# The sum is $-2.0$, the loss $-2.0 / 5 = -0.4$. In two of five tokens the clipped term was chosen:
+# the second and the third of the first answer. This share is called `clip_frac`, here 0.4.
+
+# %%
+ratio = torch.tensor([[1.0, 0.5, 1.5], [1.1, 0.5, 9.0]])
+advantages = torch.tensor([[1.0, -1.0, 2.0], [-1.0, 1.0, 9.0]])
+mask = torch.tensor([[True, True, True], [True, True, False]])
+chosen = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+print(chosen)
+print(f"loss {chosen[mask].mean():.3f}")
+assert torch.isclose(chosen[mask].mean(), torch.tensor(-0.4))
+
+# %% [markdown]
+# ## Exercise 1: `policy_loss`
+#
+# Difficulty 3 of 5 · importance 5 of 5 · 10 to 15 minutes
+#
+# The first formula, from log-probabilities. Return the loss and a dict of three numbers that one
+# watches while training. They are masked means and carry no gradient (`.detach()`):
+#
+# - `"approx_kl"`: the KL of *old* against *now*, estimated by `kl_k3(old_logprobs, logprobs)`. The
+#   old policy sampled, so it comes first.
+# - `"clip_frac"`: the share of tokens in which the clipped term is strictly larger.
+# - `"ratio"`: the mean ratio.
+#
+# NaN at a masked position must reach neither loss nor gradient: fill the three tensors with 0
+# there before you compute with them.
+#
+# <details><summary>Hint 1: a nudge</summary>
+#
+# You have logarithms. The ratio of two numbers is the exponential of the difference of their
+# logarithms.
+#
+# </details>
+# <details><summary>Hint 2: the tools</summary>
+#
+# `ratio.clamp(low, high)` clips, `torch.maximum(a, b)` takes the larger one of each pair,
+# `masked_mean(x, mask)` averages. A comparison gives bools; `.to(ratio.dtype)` makes 0 and 1.
+#
+# </details>
+# <details><summary>Hint 3: nearly the lines</summary>
+#
+# `unclipped` is minus advantage times ratio, `clipped` is minus advantage times the clamped ratio.
+# The loss is the masked mean of their maximum, `clip_frac` that of `clipped > unclipped`.
+#
+# </details>
+
+# %%
+from minippo.kl import kl_k3
+from minippo.masking import masked_mean
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
+    """logprobs, old_logprobs, advantages, mask: (B, R) -> loss (), stats {name: ()}."""
+    ### BEGIN SOLUTION
+    both = logprobs, old_logprobs, advantages
+    logprobs, old_logprobs, advantages = (x.masked_fill(~mask, 0) for x in both)
+    ratio = (logprobs - old_logprobs).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    is_clipped = (clipped > unclipped).to(ratio.dtype)
+    seen = {"approx_kl": kl_k3(old_logprobs, logprobs), "clip_frac": is_clipped, "ratio": ratio}
+    stats = {name: masked_mean(x, mask).detach() for name, x in seen.items()}
+    return masked_mean(torch.maximum(unclipped, clipped), mask), stats
+    ### END SOLUTION
+
+
+# %%
+from minippo.checks import check_policy_loss
+
+policy_loss = check_policy_loss(policy_loss)
+
+# %%
+loss, stats = policy_loss(ratio.log(), torch.zeros(2, 3), advantages, mask, 0.2)
+print(f"loss {loss:.3f}", {name: round(value.item(), 3) for name, value in stats.items()})
+assert torch.isclose(loss, torch.tensor(-0.4))
+assert torch.isclose(stats["clip_frac"], torch.tensor(0.4))
+
+# %% [markdown]
+# ## The six cases of the clip
+#
+# The advantage has a sign, and the ratio is below, inside or above the range. That makes six cases.
+# What matters is the gradient: it is what moves the policy.
+#
+# > **Predict.** In which of the six is the gradient zero?
+
+
+# %%
+def loss_and_slope(ratio, advantage):
+    """The loss of one token and its derivative with respect to the ratio."""
+    ratio = torch.tensor([[ratio]], requires_grad=True)
+    one = torch.ones(1, 1)
+    loss, _ = policy_loss(ratio.log(), 0 * one, advantage * one, one.bool(), 0.2)
+    (slope,) = torch.autograd.grad(loss, ratio)
+    return loss.item(), slope.item()
+
+
+cases = [(r, a) for a in (1.0, -1.0) for r in (0.6, 1.05, 1.4)]
+print("case  advantage  ratio    loss   slope")
+for number, (r, a) in enumerate(cases, 1):
+    loss, slope = loss_and_slope(r, a)
+    print(f"{number:4d}  {a:+9.0f}  {r:5.2f}  {loss:+6.2f}  {slope + 0.0:+6.2f}")
+
+# %% [markdown]
+# In cases 3 and 4 only. In words:
+#
+# | case | the token is | it has become | so |
+# |---|---|---|---|
+# | 1 | good | much less likely | it is pushed up: a mistake must be mended |
+# | 2 | good | about as likely as before | it is pushed up |
+# | 3 | good | much more likely | enough; no gradient until the next rollout |
+# | 4 | bad | much less likely | enough; no gradient until the next rollout |
+# | 5 | bad | about as likely as before | it is pushed down |
+# | 6 | bad | much more likely | it is pushed down: a mistake must be mended |
+#
+# Taking the *larger* loss makes this happen. The clip alone would stop cases 1 and 6 too, and a
+# token that went the wrong way would never come back. Taking the *smaller* loss would stop only
+# cases 1 and 6: the worst of both.
+
+# %% tags=["nbval-ignore-output"]
+grid = torch.linspace(0.3, 1.8, 301)
+figure, panels = plt.subplots(1, 2, figsize=(10.8, 3.2), layout="constrained")
+for axis, sign, first in zip(panels, (1.0, -1.0), (1, 4)):
+    axis.plot(grid, [loss_and_slope(r.item(), sign)[0] for r in grid], lw=2.2, label="clipped")
+    axis.plot(grid, -sign * grid, lw=1, label="unclipped")
+    axis.axvspan(0.8, 1.2, color="0.92", zorder=0)
+    for number, place in zip(range(first, first + 3), (0.55, 1.0, 1.5)):
+        y = loss_and_slope(place, sign)[0]
+        axis.text(place, y + 0.12, f"case {number}", ha="center")
+    axis.set(xlabel="ratio", ylabel="loss of the token", title=f"advantage {sign:+.0f}")
+    axis.legend(frameon=False, loc="upper right" if sign > 0 else "upper left")
+plt.show()
+
+# %%
+flat = [n for n, (r, a) in enumerate(cases, 1) if loss_and_slope(r, a)[1] == 0]
+print("cases without a gradient:", flat)
+assert flat == [3, 4]
+
+# %% [markdown]
+# Grey is the range from 0.8 to 1.2. The loss is flat to the right of it for a good token, to the
+# left of it for a bad one. Note what the clip is not: it does not hold the ratio inside the range.
+# It stops pushing once the ratio is outside. Other tokens, and the momentum of the optimizer, may
+# carry it on.
+#
+# ## The gradient, against the exact one
+#
+# At the first step $\pi = \pi_{old}$, every ratio is 1, and nothing is clipped. The gradient of
+# $-\hat A_t \rho_t$ is $-\hat A_t \rho_t \nabla \log \pi$, at $\rho_t = 1$ just
+# $-\hat A_t \nabla \log \pi$: the policy gradient of REINFORCE, by which the expected reward rises.
+#
+# Is that so? The **oracle** of notebook 05 is a world in which all 85 answers are listed. There the
+# objective
+#
+# $$J = E_y\left[r(y) - \beta \log \frac{\pi(y)}{\pi_{ref}(y)}\right]$$
+#
+# is a finite sum, and autograd gives its exact gradient. We give your loss each answer once,
+# weighted by its probability, with the exact advantages.
+
+# %%
+from minippo.logprobs import gather_logprobs
+from minippo.models import response_logits
+from minippo.oracle import TabularPolicy, TabularValue, feelings_world
+
+world, ref = feelings_world()
+beta = 0.5
+generator = torch.Generator().manual_seed(0)
+oracle_policy = TabularPolicy(world, ref + 0.3 * torch.randn(ref.shape, generator=generator))
+
+
+def table_logprobs(model, samples):
+    """(B, R): what a model says of the tokens of some answers."""
+    length = samples.response.shape[1]
+    logits = response_logits(model, samples.tokens, samples.attention_mask, length)
+    return gather_logprobs(logits, samples.response)
+
+
+# %%
+logprobs = table_logprobs(oracle_policy, world)
+with torch.no_grad():
+    logprobs_all = world.logprobs_all(oracle_policy)
+    probability = world.response_logprobs(logprobs_all).exp().float()
+    exact_values, _, exact = world.values(logprobs_all, ref, beta)
+    exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0).float()
+
+total = 0.0
+for y, row in enumerate(world.mask):
+    one = logprobs[y : y + 1], exact_advantages[y : y + 1], world.mask[y : y + 1]
+    loss, _ = policy_loss(one[0], one[0].detach(), one[1], one[2], 0.2)
+    total = total + probability[y] * row.sum() * loss  # a sum over tokens, not their mean
+
+# %%
+(mine,) = torch.autograd.grad(total, oracle_policy.logits)
+(rising,) = world.gradient(oracle_policy, ref, beta)
+error, size = (mine + rising).abs().max().item(), rising.abs().max().item()
+print(f"gradient of J: largest entry {size:.3f}")
+print(f"gradient of your loss plus gradient of J: largest entry {error:.6f}")
+assert error < 1e-5 < size
+
+# %% [markdown]
+# The gradient of the loss is *minus* the gradient of $J$: going down in the one is going up in the
+# other. The note prints $L_{policy} = E[\min(\ldots)]$ without the sign; that is the objective, to
+# be maximised, and the loss is its negative.
+#
+# ## Ratio 1 at the first step, and why not later
+#
+# Now the tiny GPT-2. One rollout of 32 answers, and four steps on it.
+
+# %%
+from minippo.batching import encode_prompt
+from minippo.config import PPOConfig
+from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
+from minippo.rollout import collect_rollout
+from minippo.tinyhh.rows import prompt_rows
+
+tokenizer, policy = load_tokenizer("sft"), load_policy("sft")
+ref_policy, value_model = frozen_copy(policy), ValueModel.load("value")
+reward_model = frozen_copy(RewardModel.load("reward"))
+rows = prompt_rows("ppo", 32)
+prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
+
+# %%
+views = policy, ref_policy, value_model, reward_model
+score_stats = reward_model.mean, reward_model.std
+rollout = collect_rollout(*views, prompts, tokenizer, PPOConfig(), score_stats=score_stats)
+print(tuple(rollout.mask.shape), "of which count", int(rollout.mask.sum()))
+
+
+@torch.no_grad()
+def log_ratios():
+    return (table_logprobs(policy, rollout) - rollout.logprobs)[rollout.mask]
+
+
+print(f"largest |log ratio| before any step: {log_ratios().abs().max():.4f}")
+assert log_ratios().abs().max() < 1e-4
+
+# %%
+from minippo.optim import adamw, optimizer_step
+
+optimizer, history = adamw({"policy": policy}, {"policy": 3e-4}), [log_ratios().exp()]
+print("step    loss  mean ratio  smallest  largest  clip_frac  approx_kl")
+for step in range(4):
+    now = table_logprobs(policy, rollout)
+    loss, stats = policy_loss(now, rollout.logprobs, rollout.advantages, rollout.mask, 0.2)
+    loss.backward()
+    optimizer_step(optimizer, max_grad_norm=1.0)
+    low, high = history[-1].min().item(), history[-1].max().item()
+    line = f"{step:4d} {loss.item():+z7.3f} {stats['ratio']:11.3f} {low:9.3f} {high:8.1f}"
+    print(f"{line} {stats['clip_frac']:10.3f} {stats['approx_kl']:10.3f}")
+    history.append(log_ratios().exp())
+
+# %% [markdown]
+# Three things to read off.
+#
+# - At step 0 all ratios are 1. The loss is 0, since whitened advantages have mean 0, but its
+#   *gradient* is not. A loss of 0 says nothing here; do not watch it.
+# - From step 1 on the policy has moved, the answers have not. So the ratios spread.
+# - The mean ratio stays near 1, whatever the ratios do. Tokens were sampled from $\pi_{old}$, and
+#   $\sum_a \pi_{old}(a) \, \pi(a) / \pi_{old}(a) = \sum_a \pi(a) = 1$. Watch the largest
+#   $|\log \rho|$, `clip_frac` and `approx_kl` instead.
+
+# %% tags=["nbval-ignore-output"]
+figure, axis = plt.subplots(figsize=(10.8, 3.0), layout="constrained")
+edges = torch.linspace(-1.5, 1.5, 61).exp()
+for step, seen in list(enumerate(history))[1:4]:
+    look = {"color": COLOURS[step - 1], "linestyle": STYLES[step - 1], "lw": 1.8}
+    axis.hist(seen.clamp(edges[0], edges[-1]), edges, histtype="step", label=f"step {step}", **look)
+axis.axvspan(0.8, 1.2, color="0.92", zorder=0)
+axis.set(xscale="log", yscale="log", xlabel="ratio", ylabel="tokens")
+axis.set_title("ratios before steps 1, 2, 3; before step 0 all are 1")
+axis.set_xticks([0.25, 0.5, 0.8, 1, 1.2, 2, 4], ["0.25", "0.5", "0.8", "1", "1.2", "2", "4"])
+axis.minorticks_off()
+axis.legend(frameon=False)
+plt.show()
+
+# %%
+outside = [((seen - 1).abs() > 0.2).float().mean().item() for seen in history]
+print("share of ratios outside 0.8 to 1.2:", [f"{share:.3f}" for share in outside])
+assert outside[0] == 0 and outside[1] < outside[4] and outside[4] > 0.05
+
+# %% [markdown]
+# Outside the range are more tokens than `clip_frac` says: it counts only those whose gradient is
+# taken away, cases 3 and 4. Which tokens moved most?
+
+# %%
+moved = log_ratios()
+order = moved.argsort()
+words, goodness = rollout.response[rollout.mask], rollout.advantages[rollout.mask]
+for index in [*order[:4].tolist(), *order[-4:].tolist()]:
+    word = repr(tokenizer.decode([words[index]]))
+    print(f"ratio {moved[index].exp():6.2f}  advantage {goodness[index]:+5.1f}  {word}")
+
+# %% [markdown]
+# ## Why stop at all? What a rollout promises, and what it keeps
+#
+# In the oracle's world we can afford to do it badly. A rollout of only 16 answers, 60 steps on it,
+# with the clip and without. At each step two numbers:
+#
+# - what the rollout **promises**: the sum of $\rho_t \hat A_t$ per answer, the gain that the
+#   unclipped objective claims;
+# - what is **true**: the gain in $J$, computed exactly.
+
+# %%
+settings = dict(kl_coef=beta, lam=1.0, whiten_advantages=False, missing_eos_penalty=0.0)
+oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
+start, critic = TabularPolicy(world, ref), TabularValue(world)
+start_values, _, _ = world.values(ref, ref, beta)
+critic.values.data = start_values.float()
+
+
+def oracle_rollout(seed, size=16):
+    models = start, start, critic, world.score_fn
+    return collect_rollout(*models, world.prompts(size), world, oracle_config, seed=seed)
+
+
+@torch.no_grad()
+def true_gain(model):
+    """J of a policy minus J of the reference, exactly."""
+    now, before = (world.objective(world.logprobs_all(m), ref, beta) for m in (model, start))
+    return now - before
+
+
+# %%
+def use_up(rollout, loss_fn, steps=60):
+    """Many steps on one rollout: promised gain (steps,), true gain (steps,), the policy."""
+    model, promised, true = TabularPolicy(world, ref), [], []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    old, good, mask = rollout.logprobs, rollout.advantages, rollout.mask
+    for _ in range(steps):
+        logprobs = table_logprobs(model, rollout)
+        promise = ((logprobs - old).exp() - 1) * good
+        promised.append(promise.detach().masked_fill(~mask, 0).sum() / len(mask))
+        true.append(true_gain(model))
+        loss_fn(logprobs, old, good, mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(promised), torch.stack(true), model
+
+
+# %%
+def averaged(loss_fn, seeds=6):
+    """Promised and true gain (2, steps), and KL(old, new), as means over rollouts."""
+    runs = [use_up(oracle_rollout(seed), loss_fn) for seed in range(seeds)]
+    with torch.no_grad():
+        moved = [world.kl(ref, world.logprobs_all(model)).item() for _, _, model in runs]
+    return torch.stack([torch.stack(run[:2]) for run in runs]).mean(0), sum(moved) / seeds
+
+
+losses = {
+    "clip_range 0.2": lambda *rollout: policy_loss(*rollout, 0.2)[0],
+    "no clip": lambda *rollout: policy_loss(*rollout, math.inf)[0],
+}
+gains = {name: averaged(loss_fn) for name, loss_fn in losses.items()}
+for name, ((promised, true), moved) in gains.items():
+    truth = f"true: best {true.max():5.2f}, at the end {true[-1]:5.2f}"
+    print(f"{name:14s}  promised {promised[-1]:5.2f}  {truth}  KL(old, new) {moved:.2f}")
+
+# %% tags=["nbval-ignore-output"]
+figure, panels = plt.subplots(1, 2, figsize=(10.8, 3.0), layout="constrained", sharey=True)
+for axis, (name, ((promised, true), _)) in zip(panels, gains.items()):
+    axis.plot(promised, lw=1.8, label="promised by the rollout")
+    axis.plot(true, lw=1.8, label="true gain in J")
+    axis.set(xlabel="step on the same rollout", ylabel="gain over the start", title=name)
+    axis.grid()
+    axis.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# Without the clip the policy learns the sixteen answers by heart: it promises itself a gain that is
+# not there, and after a while what it really has falls again. The clip stops early. It also gains
+# less from this rollout than the other at its best. That is the price, and PPO pays it: the next
+# rollout tells the truth again, and nobody outside an oracle knows where the best step was.
+#
+# ## Exercise 2: `value_loss`
+#
+# Difficulty 2 of 5 · importance 4 of 5 · 10 minutes
+#
+# The critic shall predict the return. Its loss is half the squared error, and it has a clip too:
+# the value may move by at most $\epsilon_V$ from what it was in the rollout. Again the larger one
+# counts. By hand, with old value 1 and $\epsilon_V = 0.2$:
+#
+# ```text
+# value   return   error²   clipped value   its error²   larger   gradient of half of it
+# 1.0     3.0      4.00     1.0             4.00         4.00     1.0 - 3.0 = -2
+# 2.0     3.0      1.00     1.2             3.24         3.24     0: far enough
+# 2.0     0.0      4.00     1.2             1.44         4.00     2.0 - 0.0 = +2
+# ```
+#
+# Half the mean is $\frac12 (4 + 3.24 + 4) / 3 = 1.873$. Return the loss and two detached numbers:
+# `"clip_frac"`, the share of tokens whose clipped error is strictly larger, and `"error"`, the
+# masked mean of the plain squared error.
+#
+# <details><summary>Hint 1: a nudge</summary>
+#
+# The same shape as exercise 1: two versions, the larger one per token, a masked mean. What is
+# clipped is the value, not a ratio.
+#
+# </details>
+# <details><summary>Hint 2: the tool</summary>
+#
+# `values.clamp(low, high)` takes tensors as limits too. Fill masked positions with 0 first, in
+# `values`, `old_values` and `returns`.
+#
+# </details>
+# <details><summary>Hint 3: nearly the lines</summary>
+#
+# `clipped = values.clamp(old_values - clip_range, old_values + clip_range)`. Square both errors,
+# take `torch.maximum`, then the masked mean, then half of it.
+#
+# </details>
+
+
+# %%
+def value_loss(values, old_values, returns, mask, clip_range):
+    """values, old_values, returns, mask: (B, R) -> loss (), stats {name: ()}."""
+    ### BEGIN SOLUTION
+    values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+    error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    is_clipped = (clipped_error > error).to(error.dtype)
+    seen = {"clip_frac": is_clipped, "error": error}
+    stats = {name: masked_mean(x, mask).detach() for name, x in seen.items()}
+    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask), stats
+    ### END SOLUTION
+
+
+# %%
+from minippo.checks import check_value_loss
+
+value_loss = check_value_loss(value_loss)
+
+# %%
+values = torch.tensor([[1.0, 2.0, 2.0]], requires_grad=True)
+returns, all_count = torch.tensor([[3.0, 3.0, 0.0]]), torch.ones(1, 3).bool()
+loss, stats = value_loss(values, torch.ones(1, 3), returns, all_count, 0.2)
+(slopes,) = torch.autograd.grad(3 * loss, values)
+print(f"loss {loss:.3f}, clip_frac {stats['clip_frac']:.3f}, 3 x gradient {slopes.tolist()}")
+assert torch.isclose(loss, torch.tensor(11.24 / 6))
+assert slopes.tolist() == [[-2.0, 0.0, 2.0]]
+
+# %% [markdown]
+# The value clip has a price as well. It is an absolute distance, so it depends on the scale of the
+# rewards. A critic that starts at 0 while the returns are 3 has its gradient taken away in each
+# rollout as soon as it has moved by 0.2:
+
+
+# %%
+def critic_after(rollouts, clip_range, steps=10):
+    """One value, returns of 3, a few steps on each rollout; the value after each rollout."""
+    value, path = nn.Parameter(torch.zeros(1, 1)), [0.0]
+    optimizer = torch.optim.SGD([value], lr=0.05)
+    for _ in range(rollouts):
+        old = value.detach().clone()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss, _ = value_loss(value, old, torch.full((1, 1), 3.0), all_count[:, :1], clip_range)
+            loss.backward()
+            optimizer.step()
+        path.append(value.item())
+    return path
+
+
+paths = {clip: critic_after(12, clip) for clip in (0.2, math.inf)}
+for clip, path in paths.items():
+    print(f"clip_range {clip}: after 1, 4 and 12 rollouts", [f"{path[n]:.2f}" for n in (1, 4, 12)])
+
+# %% tags=["nbval-ignore-output"]
+figure, panels = plt.subplots(1, 2, figsize=(10.8, 3.0), layout="constrained")
+grid = torch.linspace(0, 3.5, 141)
+one, aim = torch.ones(1, 1), torch.full((1, 1), 3.0)
+squares = [value_loss(v.view(1, 1), one, aim, one.bool(), 0.2)[0] for v in grid]
+panels[0].plot(grid, squares, lw=2.2, label="clipped")
+panels[0].plot(grid, (grid - 3).square() / 2, lw=1, label="unclipped")
+panels[0].axvspan(0.8, 1.2, color="0.92", zorder=0)
+panels[0].set(xlabel="value now (old value 1, return 3)", ylabel="loss", title="the value clip")
+for clip, path in paths.items():
+    panels[1].plot(path, lw=1.8, marker="o", ms=3, label=f"clip_range {clip}")
+panels[1].set(xlabel="rollout", ylabel="value", title="a critic that starts at 0, returns of 3")
+for axis in panels:
+    axis.legend(frameon=False)
+plt.show()
+
+# %%
+slow, fast = paths[0.2][4], paths[math.inf][4]
+print(f"after four rollouts: {slow:.2f} with the clip, {fast:.2f} without")
+assert slow < fast - 0.5 and paths[0.2][12] > slow
+
+# %% [markdown]
+# So scores are standardised before PPO and the critic is warmed up (notebook 06): then a move of
+# 0.2 is a large one. Where neither is done, widen `value_clip_range`.
+#
+# ## The sum
+#
+# $$L_{PPO} = L_{policy} + c_1 L_{value} + c_2 L_{KL}$$
+#
+# The gradient of each term, for one token, where it is not clipped:
+#
+# | term | with respect to | gradient |
+# |---|---|---|
+# | $L_{policy}$ | $\log \pi(y_t)$ | $-\hat A_t \rho_t$ |
+# | $L_{policy}$ | the logit of token $a$ | $-\hat A_t \rho_t (\mathbb 1[a = y_t] - \pi(a))$ |
+# | $L_{value}$ | $V_t$ | $V_t - R_t$ |
+# | $L_{KL}$ (`full`) | the logit of token $a$ | $\pi(a) (\log \frac{\pi(a)}{\pi_{ref}(a)} - KL)$ |
+#
+# Autograd agrees:
+
+# %%
+from minippo.kl import kl_full
+from minippo.losses import ppo_objective
+
+logits = torch.tensor([0.5, 0.0, -1.0], requires_grad=True)
+old, reference = torch.tensor([0.6, 0.0, -1.0]).log_softmax(0), torch.zeros(3).log_softmax(0)
+now, one = logits.log_softmax(0), all_count[:, :1]
+policy_term, _ = policy_loss(now[:1][None], old[:1][None], torch.full((1, 1), 2.0), one, 0.2)
+kl_term = kl_full(now, reference)
+
+# %%
+p, rho = now.detach().exp(), (now[0] - old[0]).exp().detach()
+by_formula = -2.0 * rho * (torch.tensor([1.0, 0.0, 0.0]) - p), p * (p.log() - reference - kl_term)
+for name, term, wanted in zip(("policy", "KL"), (policy_term, kl_term), by_formula):
+    (found,) = torch.autograd.grad(term, logits, retain_graph=True)
+    print(f"{name:6s} autograd {found}  formula {wanted.detach()}")
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+# %% [markdown]
+# ## $c_1$ with a separate critic: nearly inert
+#
+# The policy loss has no gradient for the critic, the value loss none for the policy. So if the two
+# share no weights, $c_1$ only scales the gradient of the critic. And Adam divides each gradient by
+# its own size: ten times the gradient makes the same step. Let us measure it on a toy with 8
+# features, 5 actions and random advantages and returns, for $c_1 = 0.1$ and $c_1 = 10$.
+
+
+# %%
+def two_headed(shared):
+    """Policy and critic; with a trunk each, or with one trunk for both."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    trunks = {"policy_trunk": trunk, "value_trunk": trunk if shared else copy.deepcopy(trunk)}
+    return nn.ModuleDict(trunks | {"policy": nn.Linear(16, 5), "value": nn.Linear(16, 1)})
+
+
+torch.manual_seed(1)
+features, actions = torch.randn(64, 8), torch.randint(5, (64,))
+good, aim, counts = torch.randn(64, 1), torch.randn(64, 1), torch.ones(64, 1).bool()
+
+
+def outputs(model):
+    scores = model["policy"](model["policy_trunk"](features)).log_softmax(-1)
+    return scores, model["value"](model["value_trunk"](features))
+
+
+# %%
+def trained(c1, shared, optimizer_of, joint_clip=None):
+    """Changes of log-probabilities and of values after 20 steps with a given c1."""
+    model = two_headed(shared)
+    before = [x.detach() for x in outputs(model)]
+    old, optimizer = before[0].gather(1, actions[:, None]), optimizer_of(model.parameters())
+    for _ in range(20):
+        scores, values = outputs(model)
+        first, _ = policy_loss(scores.gather(1, actions[:, None]), old, good, counts, 0.2)
+        second, _ = value_loss(values, before[1], aim, counts, math.inf)
+        ppo_objective(first, second, 0.0, c1, 0.0).backward()
+        if joint_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), joint_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [after.detach() - x for after, x in zip(outputs(model), before)]
+
+
+# %%
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.03)
+
+
+setups = {
+    "separate, Adam": (False, adam),
+    "separate, Adam, one clip for both": (False, adam, 0.1),
+    "separate, SGD": (False, sgd),
+    "separate, SGD, one clip for both": (False, sgd, 0.1),
+    "shared trunk, Adam": (True, adam),
+}
+
+# %%
+difference = {}
+print("change from c1 = 0.1 to c1 = 10, as a share of the change that training makes")
+print(f"{'':35s}policy  critic")
+for name, setup in setups.items():
+    little, much = trained(0.1, *setup), trained(10.0, *setup)
+    difference[name] = [((a - b).norm() / b.norm()).item() for a, b in zip(little, much)]
+    print(f"{name:35s}{difference[name][0]:6.3f}  {difference[name][1]:6.3f}")
+
+# %% [markdown]
+# First line: a factor of 100 in $c_1$, and hardly anything happens. (What is left comes from Adam's
+# `eps`, which is not scaled along.) It does matter
+#
+# - under plain gradient descent: there $c_1$ is the critic's learning rate;
+# - where *one* norm of all gradients is clipped: a large value loss then shrinks the policy's
+#   gradients too. Adam undoes most of that as well. Plain gradient descent does not: with
+#   $c_1 = 10$ the policy hardly moves there, with $0.1$ some 25 times as far. minippo clips each
+#   model's gradients on their own, so the question does not arise;
+# - where policy and critic share a trunk: both pull at the same weights, and $c_1$ decides.
+#
+# With a separate critic the knob that works is its learning rate, `value_lr`. The formula of the
+# note comes from a time when one network had two heads.
+#
+# And in minippo itself? One rollout's updates of the real critic, with $c_1 = 0.5$ and $c_1 = 1$:
+
+# %%
+from dataclasses import replace
+
+from minippo.ppo import ppo_update
+
+
+def critic_moves(c1):
+    models = {"policy": load_policy("sft"), "value": ValueModel.load("value")}
+    sizes = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=2)
+    config = replace(PPOConfig(**sizes), vf_coef=c1)
+    optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
+    shuffle = torch.Generator().manual_seed(0)
+    ppo_update(models["policy"], ref_policy, models["value"], optimizer, rollout, config, shuffle)
+    seen = rollout.tokens, rollout.attention_mask, rollout.mask.shape[1]
+    with torch.no_grad():
+        return (models["value"](*seen) - rollout.values)[rollout.mask]
+
+
+half, whole = critic_moves(0.5), critic_moves(1.0)
+real = ((half - whole).norm() / whole.norm()).item()
+print(f"the critic's values moved by {whole.abs().mean():.3f} on average")
+print(f"with half of c1 the moves differ by {real:.1%}")
+assert real < 0.1
+
+# %% [markdown]
+# ## $c_2$: the KL as a term of the loss
+#
+# minippo has the KL in the reward (notebook 05) and $c_2 = 0$. With $c_2 > 0$ the third term pulls
+# the policy back to the reference at every step. The smallest world that shows it: one token, three
+# choices, a reference and an old policy that give each a third, advantages $1, 0, -1$. Nothing is
+# clipped, so nothing else holds the policy. The three choices are a rollout of three rows, and the
+# loss is $-\sum_a \pi(a) A(a) + c_2 KL(\pi, \pi_{ref})$. Its minimum is known on paper:
+# $\pi(a) \propto \pi_{ref}(a) \exp(A(a) / c_2)$.
+#
+# We also try the KL as the note prints it, $\sum_a \pi_{ref}(a) \log(\pi(a) / \pi_{ref}(a))$, with
+# the weights of the *reference*.
+
+# %%
+third = torch.full((3,), 1 / 3).log()
+three_good, three = torch.tensor([[1.0], [0.0], [-1.0]]), torch.ones(3, 1).bool()
+
+
+def settled(c2, printed=False, steps=400):
+    """Probabilities and KL term after many steps on the three choices."""
+    logits = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        now = logits.log_softmax(0)
+        kl = (third.exp() * (now - third)).sum() if printed else kl_full(now, third)
+        first, _ = policy_loss(now[:, None], third[:, None], three_good, three, math.inf)
+        ppo_objective(first, torch.zeros(()), kl, 1.0, c2).backward()
+        optimizer.step()
+    return now.detach().exp(), kl.item()
+
+
+# %%
+print("c2                probabilities            on paper                 KL term")
+for c2, printed in ((0.0, False), (0.5, False), (1.0, False), (1.0, True)):
+    found, kl = settled(c2, printed)
+    paper = (three_good[:, 0] / c2).softmax(0).tolist() if c2 and not printed else []
+    texts = (" ".join(f"{x:.3f}" for x in row) for row in (found.tolist(), paper))
+    print("{:17s} {:24s} {:24s} {:+.2f}".format(f"{c2}{' as printed' * printed}", *texts, kl))
+    if paper:
+        assert torch.allclose(found, torch.tensor(paper), atol=0.01)
+
+# %% [markdown]
+# Larger $c_2$, closer to the reference; and exactly where paper says. As printed the term is
+# $-KL(\pi_{ref}, \pi)$: negative, and minimising it pushes the policy *away* from the reference, as
+# far as it goes.
+#
+# The KL in the reward and the KL in the loss are not the same term, though. With one token they end
+# at the same policy, as here. With more, a KL loss does not see that a token leads to places where
+# KL will cost more; notebooks 05 and 08 measure it.
+#
+# ## Break it
+#
+# **The sign.** The objective, minimised as if it were a loss, on rollouts of the oracle. Also the
+# smaller loss in place of the larger:
+
+
+# %%
+def smaller(logprobs, old, good, mask):
+    ratio = (logprobs - old).exp()
+    return masked_mean(torch.minimum(-good * ratio, -good * ratio.clamp(0.8, 1.2)), mask)
+
+
+losses = {
+    "right": lambda *rollout: policy_loss(*rollout, 0.2)[0],
+    "sign turned": lambda *rollout: -policy_loss(*rollout, 0.2)[0],
+    "smaller loss": smaller,
+}
+broken = {name: averaged(loss_fn, seeds=2) for name, loss_fn in losses.items()}
+for name, ((_, true), moved) in broken.items():
+    print(f"{name:14s} true gain {true[-1]:+6.2f}  KL(old, new) {moved:5.2f}")
+assert broken["right"][0][1, -1] > 0 > broken["sign turned"][0][1, -1]
+
+# %% [markdown]
+# The turned sign is seen in the score. The smaller loss is not: the policy improves. But its KL is
+# that of no clip at all.
+#
+# **The mask.** A mean over all positions, padding counted in. There the log-probabilities are 0 in
+# old and new, so the ratio is 1 and the advantage 0:
+
+# %%
+now = table_logprobs(policy, rollout).detach()
+everywhere = torch.ones_like(rollout.mask)
+spread = [x.masked_fill(~rollout.mask, 0) for x in (now, rollout.logprobs, rollout.advantages)]
+results = {"masked": policy_loss(*spread, rollout.mask, 0.2)}
+results["with padding"] = policy_loss(*spread, everywhere, 0.2)
+for name, (loss, stats) in results.items():
+    print(f"{name:13s} loss {loss:+.4f}", {k: round(v.item(), 4) for k, v in stats.items()})
+
+# %%
+share = rollout.mask.float().mean().item()
+quotient = (results["with padding"][0] / results["masked"][0]).item()
+print(f"share of positions that count {share:.3f}, quotient of the losses {quotient:.3f}")
+assert abs(share - quotient) < 1e-3
+
+# %% [markdown]
+# Everything is smaller by the share of tokens that count, which differs from batch to batch: one
+# long answer makes the steps of all others smaller. And the alarms sound later: `approx_kl` and
+# `clip_frac` look better than they are.
+#
+# **The shift, the temperature, the positions.** Each of these makes the update see other
+# log-probabilities than the rollout did. The test is one line, before any step: is every ratio 1?
+
+# %%
+from minippo.models import token_logits
+
+fresh = load_policy("sft")
+length, ids = rollout.response.shape[1], rollout.attention_mask
+with torch.no_grad():
+    window = response_logits(fresh, rollout.tokens, ids, length)
+    late = token_logits(fresh, rollout.tokens, ids)[:, -length:]
+    unplaced = fresh(rollout.tokens, attention_mask=ids.long()).logits[:, -length - 1 : -1]
+ways = {"right": (window, 1.0), "one place late": (late, 1.0)}
+ways |= {"temperature 0.7": (window, 0.7), "no position ids": (unplaced, 1.0)}
+
+# %%
+alarm = {}
+print("                  mean ratio   largest |log ratio|")
+for name, (seen, temperature) in ways.items():
+    again = gather_logprobs(seen, rollout.response, temperature)
+    off = (again - rollout.logprobs)[rollout.mask]
+    alarm[name] = off.abs().max().item()
+    print(f"{name:17s} {off.exp().mean():10.3f}   {alarm[name]:19.4f}")
+assert alarm.pop("right") < 1e-4 and min(alarm.values()) > 0.1
+
+# %% [markdown]
+# With the wrong temperature the *mean* ratio is still near 1. Look at the largest deviation.
+#
+# ## What the note says, and what is meant
+#
+# | as printed | as meant | shown |
+# |---|---|---|
+# | $L_{policy} = E[\min(\ldots)]$ | that is the objective; the loss is minus it | "The gradient" |
+# | the ratio of whole answers | of tokens, in practice | exercise 1 |
+# | $R_t$, "the actual reward" | the return: advantage + old value | exercise 2 |
+# | $\sum \pi_{ref} \log(\pi / \pi_{ref})$ | the weights are $\pi$ | "$c_2$" |
+# | the KL of "policy and optimised model" | of policy and reference | "$c_2$" |
+#
+# ## Claims
+#
+# What the text says, asserted with room to spare:
+
+# %%
+promised, true = gains["no clip"][0]
+_, held = gains["clip_range 0.2"][0]
+distances = [moved for _, moved in gains.values()]
+assert promised[-1] > 2 * true.max() and true[-1] < true.max() - 0.2
+print("unclipped, a rollout promises more than twice of what is ever true; then the truth falls")
+assert distances[0] < distances[1] / 4 and held[-1] > 0.2
+print("the clip keeps the policy near, and the gain that it has is kept")
+
+# %%
+policy_part, critic_part = zip(*difference.values())
+assert policy_part[0] == 0 and critic_part[0] < 0.1
+print("separate models, Adam: a hundredfold c1 is nearly inert")
+assert critic_part[2] > 0.5 and policy_part[3] > 10 and policy_part[4] > 0.2
+print("it is not with SGD, more so with one clip for both, nor with a shared trunk")
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. A token has advantage $-2$ and ratio 0.5. What is its gradient, and why?
+# 2. At the first step of a rollout the policy loss is 0.0000. Is something broken?
+# 3. `ppo_epochs=1` and one minibatch per rollout. What does the clip do?
+# 4. The mean ratio is 1.00 all through training. Does that show that the policy hardly moves?
+# 5. Your critic is separate, the optimizer is Adam, and the critic learns too slowly. You set
+#    `vf_coef` from 0.1 to 1. What happens?
+#
+# <details><summary>Answers</summary>
+#
+# 1. 0. The token is bad, and it is already much less likely than in the rollout: case 4. Pushing on
+#    would rely on an old measurement.
+# 2. No. All ratios are 1 and whitened advantages have mean 0. The gradient
+#    $-\hat A_t \nabla \log \pi$ is not 0.
+# 3. Nothing. There is one step, at ratio 1, and then new answers. PPO is then REINFORCE with a
+#    critic.
+# 4. No. The mean of $\pi / \pi_{old}$ over tokens of $\pi_{old}$ is 1 whatever $\pi$ is. Look at
+#    `approx_kl`, `clip_frac` or the largest deviation.
+# 5. Hardly anything: Adam divides by the size of the gradient. Raise `value_lr`, and see whether
+#    the value clip holds it back.
+#
+# </details>
+#
+# **Next:** all pieces are written. Notebook 08 puts them together, and trains.
+
+# %%
+from minippo.checks import scored
+
+scored()
