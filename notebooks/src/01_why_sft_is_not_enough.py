@@ -678,7 +678,7 @@ assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rud
 #    as far as the data crowd it out.
 # 3. 3/33 and 30/33, since each token counts once. With a mean of row means one half each: a token
 #    of the short answer would weigh ten times as much.
-# 4. The loss of the advice is that of a *continuation*, $\log \pi(\text{advice} \mid \text{insult})$.
+# 4. The loss of the advice is that of a *continuation*: $\log \pi$ of the advice, given the insult.
 #    It says what should follow the insult. It does not say that the insult should not have come.
 # 5. $-w \log p$ with $w < 0$ is smallest where $\log p \to -\infty$, and a logarithm has no lower
 #    bound.
