@@ -218,6 +218,7 @@ tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
 sft.loss_type = "ForCausalLM"  # which of its losses transformers shall take
 question = "How do I grow sweet tomatoes?"
 prompt = encode_prompt(tokenizer, question)
+print(len(prompt), "tokens:", [tokenizer.decode([token]) for token in prompt])
 
 
 def batch_of(answers):
@@ -260,6 +261,10 @@ def answer_logprobs(model, answers):
     logits = response_window(token_logits(model, tokens, attention_mask), mask.shape[1])
     logprobs = gather_logprobs(logits, tokens[:, -mask.shape[1] :])
     return logprobs.masked_fill(~mask, 0), mask
+
+
+logprobs, mask = answer_logprobs(sft, demonstrations)
+print(tuple(logprobs.shape), "tokens that count in each row:", mask.sum(1).tolist())
 
 
 # %%
@@ -582,11 +587,12 @@ def unshifted(logits, tokens, loss_mask):
     return -masked_mean(gather_logprobs(logits, tokens), loss_mask)
 
 
-# %%
 tokens, attention_mask, mask = batch_of(good)
 loss_mask = F.pad(mask, (len(prompt), 0))
 model = copy.deepcopy(sft)
 optimizer = torch.optim.SGD(model.parameters(), 0.05)
+
+# %%
 wrong, right = [], []
 for _ in range(31):
     logits = token_logits(model, tokens, attention_mask)
@@ -596,8 +602,6 @@ for _ in range(31):
     optimizer.step()
     wrong.append(loss.item())
     right.append(lm_loss(logits, tokens, loss_mask).item())
-
-# %%
 print(f"loss without the shift {wrong[0]:5.2f} -> {wrong[30]:5.2f}")
 print(f"lm_loss                {right[0]:5.2f} -> {right[30]:5.2f}")
 assert wrong[30] < wrong[0] / 2 and right[30] > right[0] + 1
