@@ -155,6 +155,7 @@ from minippo.kl import kl_k3
 from minippo.masking import masked_mean
 
 
+# %%
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
     """logprobs, old_logprobs, advantages, mask: (B, R) -> loss (), stats {name: ()}."""
     ### BEGIN SOLUTION
@@ -272,6 +273,7 @@ generator = torch.Generator().manual_seed(0)
 oracle_policy = TabularPolicy(world, ref + 0.3 * torch.randn(ref.shape, generator=generator))
 
 
+# %%
 def table_logprobs(model, samples):
     """(B, R): what a model says of the tokens of some answers."""
     length = samples.response.shape[1]
@@ -330,6 +332,7 @@ rollout = collect_rollout(*views, prompts, tokenizer, PPOConfig(), score_stats=s
 print(tuple(rollout.mask.shape), "of which count", int(rollout.mask.sum()))
 
 
+# %%
 @torch.no_grad()
 def log_ratios():
     return (table_logprobs(policy, rollout) - rollout.logprobs)[rollout.mask]
@@ -398,9 +401,9 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 # ## Why stop at all? What a rollout promises, and what it keeps
 #
 # In the oracle's world we can afford to do it badly. A rollout of only 16 answers, 60 steps on it,
-# with the clip and without. At each step two numbers:
+# with the clip and without. At each step two numbers, both as means over six such rollouts:
 #
-# - what the rollout **promises**: the sum of $\rho_t \hat A_t$ per answer, the gain that the
+# - what the rollout **promises**: the sum of $(\rho_t - 1) \hat A_t$ per answer, the gain that the
 #   unclipped objective claims;
 # - what is **true**: the gain in $J$, computed exactly.
 
@@ -412,6 +415,7 @@ start_values, _, _ = world.values(ref, ref, beta)
 critic.values.data = start_values.float()
 
 
+# %%
 def oracle_rollout(seed, size=16):
     models = start, start, critic, world.score_fn
     return collect_rollout(*models, world.prompts(size), world, oracle_config, seed=seed)
@@ -450,6 +454,7 @@ def averaged(loss_fn, seeds=6):
     return torch.stack([torch.stack(run[:2]) for run in runs]).mean(0), sum(moved) / seeds
 
 
+# %%
 losses = {
     "clip_range 0.2": lambda *rollout: policy_loss(*rollout, 0.2)[0],
     "no clip": lambda *rollout: policy_loss(*rollout, math.inf)[0],
@@ -480,8 +485,8 @@ plt.show()
 # Difficulty 2 of 5 · importance 4 of 5 · 10 minutes
 #
 # The critic shall predict the return. Its loss is half the squared error, and it has a clip too:
-# the value may move by at most $\epsilon_V$ from what it was in the rollout. Again the larger one
-# counts. By hand, with old value 1 and $\epsilon_V = 0.2$:
+# a value that has moved by more than $\epsilon_V$ towards its return is left alone until the next
+# rollout. Again the larger one counts. By hand, with old value 1 and $\epsilon_V = 0.2$:
 #
 # ```text
 # value   return   error²   clipped value   its error²   larger   gradient of half of it
@@ -564,6 +569,7 @@ def critic_after(rollouts, clip_range, steps=10):
     return path
 
 
+# %%
 paths = {clip: critic_after(12, clip) for clip in (0.2, math.inf)}
 for clip, path in paths.items():
     print(f"clip_range {clip}: after 1, 4 and 12 rollouts", [f"{path[n]:.2f}" for n in (1, 4, 12)])
@@ -644,6 +650,7 @@ def two_headed(shared):
     return nn.ModuleDict(trunks | {"policy": nn.Linear(16, 5), "value": nn.Linear(16, 1)})
 
 
+# %%
 torch.manual_seed(1)
 features, actions = torch.randn(64, 8), torch.randint(5, (64,))
 good, aim, counts = torch.randn(64, 1), torch.randn(64, 1), torch.ones(64, 1).bool()
@@ -681,6 +688,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.03)
 
 
+# %%
 setups = {
     "separate, Adam": (False, adam),
     "separate, Adam, one clip for both": (False, adam, 0.1),
@@ -720,6 +728,7 @@ from dataclasses import replace
 from minippo.ppo import ppo_update
 
 
+# %%
 def critic_moves(c1):
     models = {"policy": load_policy("sft"), "value": ValueModel.load("value")}
     sizes = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=2)
@@ -732,6 +741,7 @@ def critic_moves(c1):
         return (models["value"](*seen) - rollout.values)[rollout.mask]
 
 
+# %%
 half, whole = critic_moves(0.5), critic_moves(1.0)
 real = ((half - whole).norm() / whole.norm()).item()
 print(f"the critic's values moved by {whole.abs().mean():.3f} on average")
@@ -756,6 +766,7 @@ third = torch.full((3,), 1 / 3).log()
 three_good, three = torch.tensor([[1.0], [0.0], [-1.0]]), torch.ones(3, 1).bool()
 
 
+# %%
 def settled(c2, printed=False, steps=400):
     """Probabilities and KL term after many steps on the three choices."""
     logits = nn.Parameter(torch.zeros(3))
@@ -801,6 +812,7 @@ def smaller(logprobs, old, good, mask):
     return masked_mean(torch.minimum(-good * ratio, -good * ratio.clamp(0.8, 1.2)), mask)
 
 
+# %%
 losses = {
     "right": lambda *rollout: policy_loss(*rollout, 0.2)[0],
     "sign turned": lambda *rollout: -policy_loss(*rollout, 0.2)[0],

@@ -148,6 +148,7 @@ reward_model = frozen_copy(RewardModel.load("reward"))
 score_stats = reward_model.mean, reward_model.std
 
 
+# %%
 def encoded(rows):
     return [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 
@@ -160,6 +161,7 @@ from minippo.generation import generate
 from minippo.rollout import Rollout, Samples
 
 
+# %%
 def sample(policy, prompts, tokenizer, config, seed, step, rows):
     """Step 1: one answer to each prompt, with its masks."""
     query, query_mask = left_pad(prompts, tokenizer.pad_token_id)
@@ -170,6 +172,7 @@ def sample(policy, prompts, tokenizer, config, seed, step, rows):
     return Samples(tokens, attention_mask, response, mask)
 
 
+# %%
 def look_at(model, batch):
     """Step 2: log-probabilities of the answers' tokens (B, R), 0 where masked; logits (B, R, V)."""
     length = batch.response.shape[1]
@@ -255,6 +258,7 @@ from minippo.checks.checking import RESULTS
 from minippo.config import PPOConfig
 
 
+# %%
 def settle(name, yours, own, compare):
     """Your function if it is right, minippo's own if it is not written; an error if it is wrong."""
     RESULTS[name] = "wrong"
@@ -277,12 +281,14 @@ def agree(name, mine, own, tolerance=1e-4):
     torch.testing.assert_close(mine, own, atol=tolerance, rtol=tolerance, msg=say)
 
 
+# %%
 few = PPOConfig(batch_size=16, minibatch_size=8, micro_batch_size=8)
 models = load_policy("ppo"), ref_policy, ValueModel.load("value")
 acting = *models, reward_model, prompts[:16], tokenizer, few
 right = minippo_rollout.collect_rollout(*acting, score_stats=score_stats, seed=3)
 
 
+# %%
 def same_rollout(collect):
     found = collect(*acting, score_stats=score_stats, seed=3)
     for name in Rollout.__dataclass_fields__:
@@ -326,6 +332,7 @@ collect_rollout = settle("collect_rollout", collect_rollout, own, same_rollout)
 from minippo.losses import ppo_objective
 
 
+# %%
 def ppo_loss(policy, ref_policy, value_model, batch, config):
     """L_policy + c1 L_value on rows of a rollout -> loss (), stats {name: ()}."""
     ### BEGIN SOLUTION
@@ -357,6 +364,7 @@ def loss_and_gradients(loss_fn):
     return loss, stats, torch.autograd.grad(loss, parameters)
 
 
+# %%
 def same_loss(loss_fn):
     (loss, stats, found), (own, own_stats, wanted) = map(
         loss_and_gradients, (loss_fn, ppo.ppo_loss)
@@ -367,6 +375,7 @@ def same_loss(loss_fn):
     agree("the gradient", found, wanted, 1e-3)
 
 
+# %%
 ppo_loss = settle("ppo_loss", ppo_loss, ppo.ppo_loss, same_loss)
 
 # %%
@@ -409,6 +418,7 @@ assert stats["policy/clip_frac"] > 0.01
 from minippo.optim import adamw, optimizer_step
 
 
+# %%
 def ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator):
     """All updates on one rollout; returns the mean of each statistic."""
     ### BEGIN SOLUTION
@@ -438,6 +448,7 @@ def weights_after(update):
     return [parameter.detach() for m in trained.values() for parameter in m.parameters()]
 
 
+# %%
 def same_weights(update):
     found, wanted = weights_after(update), weights_after(ppo.ppo_update)
     agree("a weight after the updates", found, wanted, 2e-4)
@@ -445,6 +456,7 @@ def same_weights(update):
     assert not torch.equal(found[0], unmoved), "the policy did not move"
 
 
+# %%
 ppo_update = settle("ppo_update", ppo_update, ppo.ppo_update, same_weights)
 
 # %% [markdown]
@@ -459,6 +471,7 @@ from minippo.optim import set_learning_rate
 from minippo.rollout import rollout_metrics
 
 
+# %%
 def train(models, score_fn, prompts, tokenizer, config, score_stats=(0.0, 1.0), seed=0,
           collect=collect_rollout, after_step=lambda policy: None):  # fmt: skip
     """PPO; returns the metrics of each step, {name: float}."""
@@ -524,6 +537,7 @@ test_rows = prompt_rows("validation", 64)
 test_prompts = encoded(test_rows)
 
 
+# %%
 def answers_of(model):
     sampled = generate_many(model, test_prompts, tokenizer, 48, seed=2)
     texts = [decode_response(tokenizer, answer) for answer in sampled]
@@ -658,6 +672,7 @@ def distance(policy):
     return world.kl(world.logprobs_all(policy), best).item()
 
 
+# %%
 def sit_exam(config=exam, models=None, **options):
     """Trains a table; returns the distances to pi* before and after each step, and the policy."""
     models = models or tables()
@@ -722,6 +737,7 @@ def one_late(*arguments, **options):
     return replace(rollout, advantages=late)
 
 
+# %%
 table = TabularPolicy(world, ref)
 brief = replace(exam, steps=80, batch_size=256, minibatch_size=256, micro_batch_size=256)
 ways = {
