@@ -155,7 +155,6 @@ from minippo.kl import kl_k3
 from minippo.masking import masked_mean
 
 
-# %%
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
     """logprobs, old_logprobs, advantages, mask: (B, R) -> loss (), stats {name: ()}."""
     ### BEGIN SOLUTION
@@ -273,7 +272,6 @@ generator = torch.Generator().manual_seed(0)
 oracle_policy = TabularPolicy(world, ref + 0.3 * torch.randn(ref.shape, generator=generator))
 
 
-# %%
 def table_logprobs(model, samples):
     """(B, R): what a model says of the tokens of some answers."""
     length = samples.response.shape[1]
@@ -288,14 +286,15 @@ with torch.no_grad():
     probability = world.response_logprobs(logprobs_all).exp().float()
     exact_values, _, exact = world.values(logprobs_all, ref, beta)
     exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0).float()
+print(len(probability), f"answers; their probabilities add up to {probability.sum():.4f}")
 
+# %%
 total = 0.0
 for y, row in enumerate(world.mask):
     one = logprobs[y : y + 1], exact_advantages[y : y + 1], world.mask[y : y + 1]
     loss, _ = policy_loss(one[0], one[0].detach(), one[1], one[2], 0.2)
     total = total + probability[y] * row.sum() * loss  # a sum over tokens, not their mean
 
-# %%
 (mine,) = torch.autograd.grad(total, oracle_policy.logits)
 (rising,) = world.gradient(oracle_policy, ref, beta)
 error, size = (mine + rising).abs().max().item(), rising.abs().max().item()
@@ -324,6 +323,7 @@ ref_policy, value_model = frozen_copy(policy), ValueModel.load("value")
 reward_model = frozen_copy(RewardModel.load("reward"))
 rows = prompt_rows("ppo", 32)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
+print(len(prompts), "prompts, the first:", rows[0]["instruction"])
 
 # %%
 views = policy, ref_policy, value_model, reward_model
@@ -413,6 +413,7 @@ oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
 start, critic = TabularPolicy(world, ref), TabularValue(world)
 start_values, _, _ = world.values(ref, ref, beta)
 critic.values.data = start_values.float()
+print(f"J of the reference {start_values[0]:.3f}, which is its value at the start of an answer")
 
 
 # %%
@@ -623,6 +624,7 @@ old, reference = torch.tensor([0.6, 0.0, -1.0]).log_softmax(0), torch.zeros(3).l
 now, one = logits.log_softmax(0), all_count[:, :1]
 policy_term, _ = policy_loss(now[:1][None], old[:1][None], torch.full((1, 1), 2.0), one, 0.2)
 kl_term = kl_full(now, reference)
+print(f"policy loss {policy_term.item():.3f}, KL {kl_term.item():.3f}")
 
 # %%
 p, rho = now.detach().exp(), (now[0] - old[0]).exp().detach()
@@ -661,12 +663,15 @@ def outputs(model):
     return scores, model["value"](model["value_trunk"](features))
 
 
+print("log-probabilities and values:", [tuple(x.shape) for x in outputs(two_headed(shared=False))])
+
+
 # %%
-def trained(c1, shared, optimizer_of, joint_clip=None):
+def trained(c1, shared, kind, options, joint_clip=None):
     """Changes of log-probabilities and of values after 20 steps with a given c1."""
     model = two_headed(shared)
     before = [x.detach() for x in outputs(model)]
-    old, optimizer = before[0].gather(1, actions[:, None]), optimizer_of(model.parameters())
+    old, optimizer = before[0].gather(1, actions[:, None]), kind(model.parameters(), **options)
     for _ in range(20):
         scores, values = outputs(model)
         first, _ = policy_loss(scores.gather(1, actions[:, None]), old, good, counts, 0.2)
@@ -680,24 +685,16 @@ def trained(c1, shared, optimizer_of, joint_clip=None):
 
 
 # %%
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.03)
-
-
-# %%
+adam = torch.optim.Adam, {"lr": 3e-3, "eps": 1e-5}
+sgd = torch.optim.SGD, {"lr": 0.03}
 setups = {
-    "separate, Adam": (False, adam),
-    "separate, Adam, one clip for both": (False, adam, 0.1),
-    "separate, SGD": (False, sgd),
-    "separate, SGD, one clip for both": (False, sgd, 0.1),
-    "shared trunk, Adam": (True, adam),
+    "separate, Adam": (False, *adam),
+    "separate, Adam, one clip for both": (False, *adam, 0.1),
+    "separate, SGD": (False, *sgd),
+    "separate, SGD, one clip for both": (False, *sgd, 0.1),
+    "shared trunk, Adam": (True, *adam),
 }
 
-# %%
 difference = {}
 print("change from c1 = 0.1 to c1 = 10, as a share of the change that training makes")
 print(f"{'':35s}policy  critic")
@@ -728,7 +725,6 @@ from dataclasses import replace
 from minippo.ppo import ppo_update
 
 
-# %%
 def critic_moves(c1):
     models = {"policy": load_policy("sft"), "value": ValueModel.load("value")}
     sizes = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=2)
@@ -766,7 +762,6 @@ third = torch.full((3,), 1 / 3).log()
 three_good, three = torch.tensor([[1.0], [0.0], [-1.0]]), torch.ones(3, 1).bool()
 
 
-# %%
 def settled(c2, printed=False, steps=400):
     """Probabilities and KL term after many steps on the three choices."""
     logits = nn.Parameter(torch.zeros(3))
@@ -812,7 +807,6 @@ def smaller(logprobs, old, good, mask):
     return masked_mean(torch.minimum(-good * ratio, -good * ratio.clamp(0.8, 1.2)), mask)
 
 
-# %%
 losses = {
     "right": lambda *rollout: policy_loss(*rollout, 0.2)[0],
     "sign turned": lambda *rollout: -policy_loss(*rollout, 0.2)[0],
@@ -864,6 +858,7 @@ with torch.no_grad():
     unplaced = fresh(rollout.tokens, attention_mask=ids.long()).logits[:, -length - 1 : -1]
 ways = {"right": (window, 1.0), "one place late": (late, 1.0)}
 ways |= {"temperature 0.7": (window, 0.7), "no position ids": (unplaced, 1.0)}
+print("logits of the response window:", tuple(window.shape))
 
 # %%
 alarm = {}
