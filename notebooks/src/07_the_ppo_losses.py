@@ -286,14 +286,15 @@ with torch.no_grad():
     probability = world.response_logprobs(logprobs_all).exp().float()
     exact_values, _, exact = world.values(logprobs_all, ref, beta)
     exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0).float()
+print(len(probability), f"answers; their probabilities add up to {probability.sum():.4f}")
 
+# %%
 total = 0.0
 for y, row in enumerate(world.mask):
     one = logprobs[y : y + 1], exact_advantages[y : y + 1], world.mask[y : y + 1]
     loss, _ = policy_loss(one[0], one[0].detach(), one[1], one[2], 0.2)
     total = total + probability[y] * row.sum() * loss  # a sum over tokens, not their mean
 
-# %%
 (mine,) = torch.autograd.grad(total, oracle_policy.logits)
 (rising,) = world.gradient(oracle_policy, ref, beta)
 error, size = (mine + rising).abs().max().item(), rising.abs().max().item()
@@ -322,6 +323,7 @@ ref_policy, value_model = frozen_copy(policy), ValueModel.load("value")
 reward_model = frozen_copy(RewardModel.load("reward"))
 rows = prompt_rows("ppo", 32)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
+print(len(prompts), "prompts, the first:", rows[0]["instruction"])
 
 # %%
 views = policy, ref_policy, value_model, reward_model
@@ -330,6 +332,7 @@ rollout = collect_rollout(*views, prompts, tokenizer, PPOConfig(), score_stats=s
 print(tuple(rollout.mask.shape), "of which count", int(rollout.mask.sum()))
 
 
+# %%
 @torch.no_grad()
 def log_ratios():
     return (table_logprobs(policy, rollout) - rollout.logprobs)[rollout.mask]
@@ -398,9 +401,9 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 # ## Why stop at all? What a rollout promises, and what it keeps
 #
 # In the oracle's world we can afford to do it badly. A rollout of only 16 answers, 60 steps on it,
-# with the clip and without. At each step two numbers:
+# with the clip and without. At each step two numbers, both as means over six such rollouts:
 #
-# - what the rollout **promises**: the sum of $\rho_t \hat A_t$ per answer, the gain that the
+# - what the rollout **promises**: the sum of $(\rho_t - 1) \hat A_t$ per answer, the gain that the
 #   unclipped objective claims;
 # - what is **true**: the gain in $J$, computed exactly.
 
@@ -410,8 +413,10 @@ oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
 start, critic = TabularPolicy(world, ref), TabularValue(world)
 start_values, _, _ = world.values(ref, ref, beta)
 critic.values.data = start_values.float()
+print(f"J of the reference {start_values[0]:.3f}, which is its value at the start of an answer")
 
 
+# %%
 def oracle_rollout(seed, size=16):
     models = start, start, critic, world.score_fn
     return collect_rollout(*models, world.prompts(size), world, oracle_config, seed=seed)
@@ -450,6 +455,7 @@ def averaged(loss_fn, seeds=6):
     return torch.stack([torch.stack(run[:2]) for run in runs]).mean(0), sum(moved) / seeds
 
 
+# %%
 losses = {
     "clip_range 0.2": lambda *rollout: policy_loss(*rollout, 0.2)[0],
     "no clip": lambda *rollout: policy_loss(*rollout, math.inf)[0],
@@ -480,8 +486,8 @@ plt.show()
 # Difficulty 2 of 5 · importance 4 of 5 · 10 minutes
 #
 # The critic shall predict the return. Its loss is half the squared error, and it has a clip too:
-# the value may move by at most $\epsilon_V$ from what it was in the rollout. Again the larger one
-# counts. By hand, with old value 1 and $\epsilon_V = 0.2$:
+# a value that has moved by more than $\epsilon_V$ towards its return is left alone until the next
+# rollout. Again the larger one counts. By hand, with old value 1 and $\epsilon_V = 0.2$:
 #
 # ```text
 # value   return   error²   clipped value   its error²   larger   gradient of half of it
@@ -564,6 +570,7 @@ def critic_after(rollouts, clip_range, steps=10):
     return path
 
 
+# %%
 paths = {clip: critic_after(12, clip) for clip in (0.2, math.inf)}
 for clip, path in paths.items():
     print(f"clip_range {clip}: after 1, 4 and 12 rollouts", [f"{path[n]:.2f}" for n in (1, 4, 12)])
@@ -617,6 +624,7 @@ old, reference = torch.tensor([0.6, 0.0, -1.0]).log_softmax(0), torch.zeros(3).l
 now, one = logits.log_softmax(0), all_count[:, :1]
 policy_term, _ = policy_loss(now[:1][None], old[:1][None], torch.full((1, 1), 2.0), one, 0.2)
 kl_term = kl_full(now, reference)
+print(f"policy loss {policy_term.item():.3f}, KL {kl_term.item():.3f}")
 
 # %%
 p, rho = now.detach().exp(), (now[0] - old[0]).exp().detach()
@@ -644,6 +652,7 @@ def two_headed(shared):
     return nn.ModuleDict(trunks | {"policy": nn.Linear(16, 5), "value": nn.Linear(16, 1)})
 
 
+# %%
 torch.manual_seed(1)
 features, actions = torch.randn(64, 8), torch.randint(5, (64,))
 good, aim, counts = torch.randn(64, 1), torch.randn(64, 1), torch.ones(64, 1).bool()
@@ -654,12 +663,15 @@ def outputs(model):
     return scores, model["value"](model["value_trunk"](features))
 
 
+print("log-probabilities and values:", [tuple(x.shape) for x in outputs(two_headed(shared=False))])
+
+
 # %%
-def trained(c1, shared, optimizer_of, joint_clip=None):
+def trained(c1, shared, kind, options, joint_clip=None):
     """Changes of log-probabilities and of values after 20 steps with a given c1."""
     model = two_headed(shared)
     before = [x.detach() for x in outputs(model)]
-    old, optimizer = before[0].gather(1, actions[:, None]), optimizer_of(model.parameters())
+    old, optimizer = before[0].gather(1, actions[:, None]), kind(model.parameters(), **options)
     for _ in range(20):
         scores, values = outputs(model)
         first, _ = policy_loss(scores.gather(1, actions[:, None]), old, good, counts, 0.2)
@@ -673,23 +685,16 @@ def trained(c1, shared, optimizer_of, joint_clip=None):
 
 
 # %%
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.03)
-
-
+adam = torch.optim.Adam, {"lr": 3e-3, "eps": 1e-5}
+sgd = torch.optim.SGD, {"lr": 0.03}
 setups = {
-    "separate, Adam": (False, adam),
-    "separate, Adam, one clip for both": (False, adam, 0.1),
-    "separate, SGD": (False, sgd),
-    "separate, SGD, one clip for both": (False, sgd, 0.1),
-    "shared trunk, Adam": (True, adam),
+    "separate, Adam": (False, *adam),
+    "separate, Adam, one clip for both": (False, *adam, 0.1),
+    "separate, SGD": (False, *sgd),
+    "separate, SGD, one clip for both": (False, *sgd, 0.1),
+    "shared trunk, Adam": (True, *adam),
 }
 
-# %%
 difference = {}
 print("change from c1 = 0.1 to c1 = 10, as a share of the change that training makes")
 print(f"{'':35s}policy  critic")
@@ -732,6 +737,7 @@ def critic_moves(c1):
         return (models["value"](*seen) - rollout.values)[rollout.mask]
 
 
+# %%
 half, whole = critic_moves(0.5), critic_moves(1.0)
 real = ((half - whole).norm() / whole.norm()).item()
 print(f"the critic's values moved by {whole.abs().mean():.3f} on average")
@@ -852,6 +858,7 @@ with torch.no_grad():
     unplaced = fresh(rollout.tokens, attention_mask=ids.long()).logits[:, -length - 1 : -1]
 ways = {"right": (window, 1.0), "one place late": (late, 1.0)}
 ways |= {"temperature 0.7": (window, 0.7), "no position ids": (unplaced, 1.0)}
+print("logits of the response window:", tuple(window.shape))
 
 # %%
 alarm = {}
