@@ -98,6 +98,7 @@ print("tokens that count:", token_losses[mask].tolist(), "mean", token_losses[ma
 print("mean of the rows' means:", (token_losses[0].mean() + token_losses[1, 0]).item() / 2)
 print("mean over everything:", token_losses.mean().item())
 
+
 # %% [markdown]
 # ## Exercise 1: `masked_mean`
 #
@@ -127,7 +128,6 @@ print("mean over everything:", token_losses.mean().item())
 #
 # </details>
 
-
 # %%
 def masked_mean(x, mask, dim=None):
     """x, mask: (B, R) -> (), or (B,) with dim=1."""
@@ -144,6 +144,7 @@ masked_mean = check_masked_mean(masked_mean)
 # %%
 print(masked_mean(token_losses, mask).item())
 assert masked_mean(token_losses, mask) == 3
+
 
 # %% [markdown]
 # ## Exercise 2: `lm_loss`
@@ -184,7 +185,6 @@ assert masked_mean(token_losses, mask) == 3
 #
 # </details>
 
-
 # %%
 def lm_loss(logits, tokens, loss_mask):
     """logits: (B, T, V); tokens, loss_mask: (B, T) -> ()."""
@@ -218,7 +218,6 @@ tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
 sft.loss_type = "ForCausalLM"  # which of its losses transformers shall take
 question = "How do I grow sweet tomatoes?"
 prompt = encode_prompt(tokenizer, question)
-print(len(prompt), "tokens:", [tokenizer.decode([token]) for token in prompt])
 
 
 def batch_of(answers):
@@ -244,6 +243,7 @@ with torch.no_grad():
 print(f"yours {mine.item():.4f}, Hugging Face's {theirs.item():.4f}")
 assert torch.allclose(mine, theirs, atol=1e-5)
 
+
 # %% [markdown]
 # ## Always yes
 #
@@ -254,17 +254,12 @@ assert torch.allclose(mine, theirs, atol=1e-5)
 # `train` takes a copy of the SFT model and makes a few steps of gradient descent on a list of
 # answers. `weights` is for later: all ones is SFT.
 
-
 # %%
 def answer_logprobs(model, answers):
     tokens, attention_mask, mask = batch_of(answers)
     logits = response_window(token_logits(model, tokens, attention_mask), mask.shape[1])
     logprobs = gather_logprobs(logits, tokens[:, -mask.shape[1] :])
     return logprobs.masked_fill(~mask, 0), mask
-
-
-logprobs, mask = answer_logprobs(sft, demonstrations)
-print(tuple(logprobs.shape), "tokens that count in each row:", mask.sum(1).tolist())
 
 
 # %%
@@ -289,7 +284,6 @@ def train(answers, steps, weights=1.0, lr=0.05, after_step=lambda model: None):
 # All three. A demonstration says yes, whatever it says.
 #
 # </details>
-
 
 # %%
 @torch.no_grad()
@@ -386,11 +380,11 @@ for i, answer in enumerate(bad):
     gain = (history[-1, i] - history[0, i]).exp().item()
     print(f"{gain:6.1f} times as likely: {answer}")
 
+
 # %% [markdown]
 # Training on good answers only made both bad ones several times as likely. To see why, split the
 # second one where it leaves the good answer. (A difference of log-probabilities is counted in
 # *nats*, one for each factor $e$.)
-
 
 # %%
 def parts_of(model, answer, beginning):
@@ -406,7 +400,6 @@ train(good, 20, after_step=lambda model: parts.append(parts_of(model, twice, sha
 parts = torch.stack(parts) - parts[0]  # (21, 2), the change since the start
 print(f"shared beginning {parts[20, 0].item():+.2f}, rest {parts[20, 1].item():+.2f} nats")
 assert parts[20, 0] > 3 and parts[20, 1] < 0
-
 
 # %%
 import matplotlib.pyplot as plt
@@ -571,6 +564,7 @@ print("after 8 steps below -100:", log_good[-1] < -100)
 print("unreadable, of 128 samples:", sampled(only_no)["unreadable"])
 assert log_good[-1] < -100
 
+
 # %% [markdown]
 # The mirror image of the first failure: the good answers share their ending with the rude ones, and
 # go down with them. And while $-\log p$ has a floor at 0, $+\log p$ has none: there is always more
@@ -581,18 +575,16 @@ assert log_good[-1] < -100
 # **The shift forgotten.** Compare the logits at a position with the token *at* that position. It
 # runs, the loss falls nicely, and the model gets worse:
 
-
 # %%
 def unshifted(logits, tokens, loss_mask):
     return -masked_mean(gather_logprobs(logits, tokens), loss_mask)
 
 
+# %%
 tokens, attention_mask, mask = batch_of(good)
 loss_mask = F.pad(mask, (len(prompt), 0))
 model = copy.deepcopy(sft)
 optimizer = torch.optim.SGD(model.parameters(), 0.05)
-
-# %%
 wrong, right = [], []
 for _ in range(31):
     logits = token_logits(model, tokens, attention_mask)
@@ -602,6 +594,8 @@ for _ in range(31):
     optimizer.step()
     wrong.append(loss.item())
     right.append(lm_loss(logits, tokens, loss_mask).item())
+
+# %%
 print(f"loss without the shift {wrong[0]:5.2f} -> {wrong[30]:5.2f}")
 print(f"lm_loss                {right[0]:5.2f} -> {right[30]:5.2f}")
 assert wrong[30] < wrong[0] / 2 and right[30] > right[0] + 1

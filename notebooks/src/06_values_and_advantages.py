@@ -763,8 +763,8 @@ assert cosines["right"] > 0.9999 and cosines["values shifted"] < 0 < cosines["si
 #   gradient points away from where it should.
 # - The sign is not, and so lives long. Whatever is taken off before a token is chosen leaves the
 #   gradient nearly unbiased, be it $V$ or $-V$. But the noise has doubled: the critic does harm.
-# - Without the mask the bias is small, because answers here are cut soon. It is a bias all the same,
-#   and grows with the padding and with what the critic says there.
+# - Without the mask the bias is small, because answers here are cut soon. It is a bias all the
+#   same, and grows with the padding and with what the critic says there.
 #
 # Training with the last two still gets somewhere. No curve shows that it could have gone better.
 #

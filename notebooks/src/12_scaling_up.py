@@ -234,7 +234,7 @@ from minippo.models import counted_logits, response_logits
 packed = rollout.packed
 padded = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
 with torch.no_grad():
-    difference = counted_logits(policy, packed) - response_logits(policy, *padded)[rollout.mask]
+    difference = (counted_logits(policy, packed) - response_logits(policy, *padded)[rollout.mask])
 print("places of the backbone:", places, "->", packed.tokens.numel())
 print("the logits agree to 1e-4:", bool(difference.abs().max() < 1e-4))
 assert difference.abs().max() < 1e-4
@@ -243,7 +243,6 @@ assert difference.abs().max() < 1e-4
 # %% [markdown]
 # And the time? One backward pass either way, three times each, the faster one counts. (The seconds
 # are this machine's; the claim below them is not.)
-
 
 # %% tags=["nbval-ignore-output"]
 def seconds(logits):
