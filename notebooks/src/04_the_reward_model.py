@@ -281,10 +281,10 @@ assert (scores - true_scores).std() < 1e-4 and abs(loss - moved_loss) < 1e-9
 
 # %% [markdown]
 # The loss recovers the truth *up to a constant*, and any constant will do. Adding 5 to all scores
-# of a prompt changes no gap, so no preference and no loss. The constant may even differ from prompt to
-# prompt. So a sentence such as "R(x, y) = 0.9" says nothing by itself. What does mean something is
-# a difference, here or from a fixed set of reference answers: that is why scores are
-# **standardised** (mean and standard deviation of the scores of reference samples) before PPO.
+# of a prompt changes no gap, so no preference and no loss, and each prompt may have a constant of
+# its own. So a sentence such as "R(x, y) = 0.9" says nothing by itself. What does mean something is
+# a difference, and before PPO scores are **standardised**: less the mean of the scores of reference
+# samples, divided by their standard deviation.
 #
 # The scale is not free, but it is the annotators', not the world's. And a margin changes it:
 
@@ -389,9 +389,9 @@ for K in (2, 4, 8, 9):
 
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
-# **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes every
-# pair Bradley-Terry with $\tau = 0.5$. 96 prompts to learn from, 64 held out. That is little, on
-# purpose: overfitting should show within a minute.
+# **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
+# every pair Bradley-Terry with $\tau = 0.5$. 96 prompts to learn from, 64 held out. That is little,
+# on purpose: overfitting should show within a minute.
 
 # %%
 from minippo.batching import Encoded, decode_response
