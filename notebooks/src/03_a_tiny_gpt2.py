@@ -554,11 +554,23 @@ print(f"without: {at[16]:+.3f} at 16 extra columns, {at[96]:+.3f} at 96")
 assert right.max() - right.min() < 1e-3 and at[16] < 0.1 and at[96] > 1
 
 # %% [markdown]
-# At first next to nothing happens, and that is the danger: the small model has seen texts of many
-# lengths, so a query moved by a few places still looks familiar. Then a batch with one long query
-# comes, the short ones move to positions that hardly occurred in training, and the model falls
-# apart. A larger model with other position vectors breaks elsewhere. The only safe way is to pass
-# the position ids always; every function of minippo does.
+# At first next to nothing happens, and that is the danger. Then a batch with one long query comes,
+# the short ones move to the right, and the model falls apart. Why there? Look at how long the texts
+# were that it was pretrained on:
+
+# %%
+from minippo.tinyhh.rows import pretrain_texts
+
+text_lengths = torch.tensor([len(tokenizer.encode(text)) for text in pretrain_texts(1000)])
+print(f"of 1,000 texts half have up to {int(text_lengths.median())} tokens", end=", ")
+print(f"{float((text_lengths > 100).float().mean()):.1%} more than 100, none more than", end=" ")
+print(int(text_lengths.max()))
+print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
+
+# %% [markdown]
+# The vectors of the positions behind that were hardly ever trained. A query moved by a few places
+# still stands where other texts have stood; moved by a hundred it stands nowhere. Another model
+# breaks elsewhere. The only safe way is to pass the position ids always, as all of minippo does.
 #
 # ## Training: the loss on the response only
 #
@@ -576,7 +588,6 @@ from minippo.models import token_logits
 
 rows, _ = encode_rows(demonstrations("sft", 700), tokenizer, 64, 48, ("answer",))
 batches = [batch_of(rows[i : i + 16]) for i in range(0, 640, 16)]
-held_out = batch_of(few)
 
 
 def sft_loss(logits, tokens, attention_mask, loss_mask):
@@ -610,7 +621,7 @@ def train(loss_function):
 
 @torch.no_grad()
 def held_out_loss(model):
-    tokens, attention_mask, loss_mask = held_out
+    tokens, attention_mask, loss_mask = batch
     return float(lm_loss(token_logits(model, tokens, attention_mask), tokens, loss_mask))
 
 
