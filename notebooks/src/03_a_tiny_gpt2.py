@@ -70,7 +70,7 @@ from minippo.batching import encode_prompt, encode_response
 tokenizer = load_tokenizer("sft")
 policy = load_policy("sft")
 query = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
-response = encode_response(tokenizer, "You can water the garden early.")
+response = encode_response(tokenizer, "You can give the plants rich soil.")
 for name, ids in (("query", query), ("response", response)):
     print(f"{name}: {len(ids)} tokens, ids {ids}")
     print([tokenizer.decode([token]) for token in ids])
@@ -111,6 +111,7 @@ for t in range(Q - 3, T - 1):
 
 # %% tags=["nbval-ignore-output"]
 figure, axis = plt.subplots(figsize=(10.8, 2.8), layout="constrained")
+window = f"grey: the response window, positions Q - 1 = {Q - 1} to T - 2 = {T - 2}"
 for t in range(Q - 3, T):
     colour = COLOURS[0] if t < Q else COLOURS[1]
     box = {"boxstyle": "round", "fc": "white", "ec": colour}
@@ -119,9 +120,9 @@ for t in range(Q - 3, T):
     if t < T - 1:
         arrow = {"arrowstyle": "->", "color": "black" if t >= Q - 1 else "0.7"}
         axis.annotate("", (t + 0.9, 0.85), (t, 0.2), arrowprops=arrow)
-        axis.text(t + 0.62, 0.45, f"{next_probability[t]:.2f}", fontsize=9)
+        axis.text(t + 0.62, 0.45, f"{next_probability[t]:.3f}", fontsize=9)
 axis.axvspan(Q - 1.4, T - 1.5, 0, 0.28, color="0.9", zorder=0)
-axis.set(xlim=(Q - 3.6, T - 0.3), ylim=(-0.3, 1.3), title="grey: the response window, Q-1 to T-2")
+axis.set(xlim=(Q - 3.6, T - 0.3), ylim=(-0.3, 1.3), title=window)
 axis.axis("off")
 plt.show()
 
@@ -353,6 +354,7 @@ assert torch.allclose(logprobs, torch.tensor(slow), atol=1e-4)
 
 # %%
 labels_of_answer = torch.tensor([[-100] * Q + response])
+policy.loss_type = "ForCausalLM"  # transformers asks which of its losses
 with torch.no_grad():
     theirs = policy(tokens, labels=labels_of_answer).loss
 print(f"transformers {float(theirs):.4f}, minus the mean of ours {float(-logprobs.mean()):.4f}")
@@ -375,7 +377,7 @@ small = tiny_gpt2(len(world.words), n_layer=1, n_embd=16, n_head=2, n_positions=
 with torch.no_grad():
     for parameter in small.parameters():
         parameter.mul_(5)  # larger weights, so that it has strong opinions
-    world_logits = small(world.tokens).logits
+    world_logits = small(world.tokens, attention_mask=world.attention_mask.long()).logits
 world_mask = response_mask(world.response, 0)
 print(len(world.responses), "responses, such as", *map(world.text, world.responses[3:6]))
 print("world.response", tuple(world.response.shape), "logits", tuple(world_logits.shape))
@@ -415,8 +417,8 @@ for name, (window, mask) in {
 
 # %%
 unshifted = gather_logprobs(logits[:, Q:], answer)[0]
-print("right    ", [f"{x:.1f}" for x in logprobs.tolist()], f"mean {float(logprobs.mean()):.2f}")
-print("no shift ", [f"{x:.1f}" for x in unshifted.tolist()], f"mean {float(unshifted.mean()):.2f}")
+for name, row in (("right", logprobs), ("no shift", unshifted)):
+    print(f"{name:8s}", *(f"{x:6.2f}" for x in row.tolist()), f" mean {float(row.mean()):.2f}")
 assert unshifted.mean() < logprobs.mean() - 5
 assert abs(totals["all right"] - 1) < 1e-5
 assert min(abs(total - 1) for name, total in totals.items() if name != "all right") > 0.05

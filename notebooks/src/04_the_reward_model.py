@@ -158,21 +158,22 @@ nothing = torch.zeros(1)
 
 
 def loss_curve(margin):
-    return torch.stack([preference_loss(gap[None], nothing, nothing + margin) for gap in gaps])
+    """The loss at each gap, and its slope."""
+    losses = torch.stack([preference_loss(gap[None], nothing, nothing + margin) for gap in gaps])
+    return losses.detach(), torch.autograd.grad(losses.sum(), gaps)[0]
 
 
-curves = {margin: loss_curve(margin) for margin in (0.0, 2.0)}
-slopes = {margin: torch.autograd.grad(c.sum(), gaps)[0] for margin, c in curves.items()}
+curves, slopes = zip(*(loss_curve(margin) for margin in (0.0, 2.0)))
 for gap in (-4, 0, 2, 6):
     at = int((gap + 4) * 10)
-    row = [f"{float(curves[m][at]):.3f} (slope {float(slopes[m][at]):+.3f})" for m in (0.0, 2.0)]
+    row = [f"{curves[m][at]:.3f} (slope {slopes[m][at]:+.3f})" for m in (0, 1)]
     print(f"gap {gap:+d}: no margin {row[0]}, margin 2 {row[1]}")
 
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(1, 2, figsize=(10.8, 2.8), layout="constrained")
 for axis, drawn, name in zip(axes, (curves, slopes), ("loss", "slope of the loss")):
-    for margin, values in drawn.items():
-        axis.plot(gaps.detach(), values.detach(), label=f"margin {margin:.0f}")
+    for margin, values in zip((0, 2), drawn):
+        axis.plot(gaps.detach(), values, label=f"margin {margin}")
     axis.set(xlabel="gap: chosen minus rejected score", ylabel=name)
     axis.grid()
 axes[0].legend(frameon=False)
@@ -242,8 +243,9 @@ world, _ = feelings_world()
 true_scores = world.scores
 first, second = (~torch.eye(len(true_scores)).bool()).nonzero().T  # every ordered pair
 print(len(true_scores), "answers,", len(first), "ordered pairs")
-for place in (14, 31, 52):
-    print(f"{float(true_scores[place]):+5.1f}  {' '.join(world.text(world.responses[place]))}")
+said = [" ".join(world.text(response)) for response in world.responses]
+for words in ("very good .", "good .", "not bad .", "bad ."):
+    print(f"{float(true_scores[said.index(words)]):+5.1f}  {words}")
 
 
 # %%
@@ -359,24 +361,25 @@ for token, number in list(zip(tokens[1].tolist(), everywhere[1].tolist()))[len(p
 #
 # ## Break it: read the last column
 #
-# A shorter answer in a batch has padding behind it. Whoever reads `[:, -1]` reads the number at
-# the padding, and it changes with the company that the answer is in:
+# A shorter answer in a batch has padding behind it. Whoever reads `[:, -1]` reads the number at the
+# padding. Then the score depends on the company that the answer is in:
 
 # %%
-from torch.nn.functional import pad
-
-print("extra padding   right    last column")
-shifts = []
-for extra in (0, 1, 4, 16):
-    padded = pad(tokens[1:], (0, extra), value=pad_id), pad(attention_mask[1:], (0, extra))
-    last_column = shipped.read(shipped.hidden(*padded))[0, -1]
-    score = shipped(*padded)[0]
-    shifts.append((float(score), float(last_column)))
-    print(f"{extra:13d}  {score:+.3f}  {last_column:+13.3f}")
-right, wrong = zip(*shifts)
-assert max(right) - min(right) < 1e-4 and max(wrong) - min(wrong) > 0.1
+end = int(attention_mask[1].sum())
+alone = tokens[1:, :end], attention_mask[1:, :end]
+readings = {
+    "the tip": (shipped(tokens, attention_mask)[0], everywhere[0, -1]),
+    "the rude one, alone": (shipped(*alone)[0], shipped.read(shipped.hidden(*alone))[0, -1]),
+    "the rude one, in this batch": (shipped(tokens, attention_mask)[1], everywhere[1, -1]),
+}
+print(f"{'':28s} last that counts  last column")
+for name, (score, last_column) in readings.items():
+    print(f"{name:28s} {score:+16.2f}  {last_column:+11.2f}")
+assert everywhere[1, -1] > everywhere[0, -1] and readings["the tip"][0] > -3 > readings[name][0]
 
 # %% [markdown]
+# In this batch the last column prefers the rude answer. Nothing crashed.
+#
 # ## All pairs of a prompt, from K readings
 #
 # The notes speak of $K(K-1)/2$ inputs. There are $K(K-1)/2$ *pairs*, but only $K$ answers to read:
@@ -448,7 +451,7 @@ gradients = [torch.autograd.grad(loss, parameters) for loss in (once, twice)]
 furthest = max(float((a - b).abs().max()) for a, b in zip(*gradients))
 print(f"loss {float(once.detach()):.4f} from 4 readings, {float(twice.detach()):.4f} from 12")
 print("gradients equal to 1e-4:", furthest < 1e-4)
-assert abs(float(once - twice)) < 1e-5 and furthest < 1e-4
+assert abs(once - twice) < 1e-5 and furthest < 1e-4
 
 # %% [markdown]
 # ## In one batch, or shuffled
