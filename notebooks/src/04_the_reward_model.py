@@ -163,6 +163,7 @@ def loss_curve(margin):
     return losses.detach(), torch.autograd.grad(losses.sum(), gaps)[0]
 
 
+# %%
 curves, slopes = zip(*(loss_curve(margin) for margin in (0.0, 2.0)))
 for gap in (-4, 0, 2, 6):
     at = int((gap + 4) * 10)
@@ -416,9 +417,13 @@ def sample(rows, seed):
 
 
 # %%
+sampled, texts, judged = sample(prompt_rows("preference", 160), seed=7)
+for text, judgement in zip(texts[0], judged[0]):
+    print(f"{judgement.score:+.2f}  {text}")
+
+# %%
 rng = random.Random(0)
 ranked, gold_ranked = [], []
-sampled, texts, judged = sample(prompt_rows("preference", 160), seed=7)
 for one, judgements in zip(sampled, judged):
     gold = [judgement.score for judgement in judgements]
     order = rank(gold, rng)
@@ -442,6 +447,7 @@ def as_pairs(row):
     return [Encoded(row.row, row.prompt, [row.responses[i], row.responses[j]]) for i, j in places]
 
 
+# %%
 parameters = list(fresh.parameters())
 once = ranking_loss(score_responses(fresh, train_rows[:1], pad_id))
 by_pairs = [score_responses(fresh, [pair], pad_id)[0] for pair in as_pairs(train_rows[0])]
@@ -470,8 +476,11 @@ from minippo.batching import pieces
 from minippo.optim import adamw, optimizer_step
 
 EPOCHS = 5
+all_pairs = [pair for row in train_rows for pair in as_pairs(row)]
+print(len(train_rows), "rankings of 4, or", len(all_pairs), "pairs")
 
 
+# %%
 def epochs_of(rows, seed):
     """Reward model trained on rows, 8 a step; its (training, held-out) loss after each epoch."""
     reward_model = RewardModel.from_policy(policy, seed, pad_id)
@@ -491,7 +500,6 @@ def epochs_of(rows, seed):
 
 
 # %%
-all_pairs = [pair for row in train_rows for pair in as_pairs(row)]
 curves = {"together": epochs_of(train_rows, 0), "shuffled": epochs_of(all_pairs, 0)}
 for name, curve in curves.items():
     train_loss, held_out_loss = zip(*curve)
