@@ -481,11 +481,11 @@ position_ids = check_position_ids(position_ids)
 # %% [markdown]
 # ## Break it: forget the position ids
 #
-# Thirty-two new questions with demonstrated answers. A **demonstration** is an answer that somebody
-# wrote, and the mean of minus its log-probabilities, the loss of SFT, says how well the model
-# expects it. `lm_loss` is the one you wrote in notebook 01 (minippo's own if you did not). Its
-# `loss_mask` runs over all tokens of a row, query included; we let it be True on the response only.
-# `join` pads queries left and responses right.
+# New questions with demonstrated answers. A **demonstration** is an answer that somebody wrote.
+# Minus the mean of its log-probabilities says how well the model expects it; it is the loss of SFT.
+# `lm_loss` is the one you wrote in notebook 01 (minippo's own if you did not). Its `loss_mask` runs
+# over all tokens of a row, query included; we let it be True on the response only. `join` pads
+# queries left and responses right.
 #
 # Before you run the next cells, guess: what do 16 columns of padding cost, and what do 64?
 
@@ -514,7 +514,7 @@ row = min(range(len(few)), key=lambda i: few[i].length)
 for token, real, learned in zip(*(x[row].tolist() for x in batch)):
     if real:
         print(f"{tokenizer.decode([token])!r:15s} {'learned' if learned else 'read only'}")
-print("and", int((~batch[1][row]).sum()), "padding tokens, left and right")
+print("and", int((~batch[1][row]).sum()), "padding tokens; rows in the batch:", len(few))
 
 # %%
 from torch.nn.functional import pad
@@ -543,7 +543,7 @@ figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 for how in ways:
     axis.plot(widths, losses[how], marker="o", label=how)
 axis.set(xlabel="extra columns of padding on the left", ylabel="loss, nats per token")
-axis.set_title("the same 32 answers", loc="left")
+axis.set_title(f"the same {len(few)} answers", loc="left")
 axis.legend(frameon=False)
 axis.grid()
 plt.show()
@@ -556,7 +556,8 @@ print(f"without: {at[16]:+.3f} at 16 extra columns, {at[96]:+.3f} at 96")
 assert right.max() - right.min() < 1e-3 and at[16] < 0.1 and at[96] > 1
 
 # %% [markdown]
-# At first next to nothing happens, and that is the danger. Then a batch with one long query comes,
+# At first next to nothing happens, and that is the danger. (The 0.02 at 0 extra columns are the
+# padding that the shorter queries have anyway.) Then a batch with one long query comes,
 # the short ones move to the right, and the model falls apart. Why there? Look at how long the texts
 # were that it was pretrained on:
 
@@ -647,10 +648,10 @@ for name, (history, checks) in trained.items():
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(1, 2, figsize=(10.8, 3), layout="constrained")
 places = range(STEPS), range(0, STEPS + 1, 6)
-for part, title in enumerate(("its own training loss", "response loss, 32 held-out rows")):
+for part, title in enumerate(("its own training loss", "held-out loss of the response")):
     for name, curves in trained.items():
         axes[part].plot(places[part], curves[part], label=name, marker="o" if part else None)
-    axes[part].set(xlabel="step", ylabel="nats per token", yscale="log", title=title)
+    axes[part].set(xlabel="step", ylabel="nats per token", title=title)
     axes[part].grid()
 axes[0].axhline(math.log(V), color="0.5", linestyle=":", label="knows nothing: log V")
 axes[0].legend(frameon=False, fontsize=8)

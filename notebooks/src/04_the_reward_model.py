@@ -394,8 +394,8 @@ for K in (2, 4, 8, 9):
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
 # **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
-# every pair Bradley-Terry with $\tau = 0.5$. 96 prompts to learn from, 64 held out. That is little,
-# on purpose: overfitting should show within a minute.
+# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts to learn from, 64 held out. That is little,
+# on purpose: overfitting should show within seconds.
 
 # %%
 from minippo.batching import Encoded, decode_response
@@ -417,7 +417,7 @@ def sample(rows, seed):
 
 
 # %%
-sampled, texts, judged = sample(prompt_rows("preference", 160), seed=7)
+sampled, texts, judged = sample(prompt_rows("preference", 112), seed=7)
 for text, judgement in zip(texts[0], judged[0]):
     print(f"{judgement.score:+.2f}  {text}")
 
@@ -429,8 +429,8 @@ for one, judgements in zip(sampled, judged):
     order = rank(gold, rng)
     ranked.append(Encoded(one.row, one.prompt, [one.responses[i] for i in order]))
     gold_ranked.append([gold[i] for i in order])
-train_rows, held_out = ranked[:96], ranked[96:]
-perfect = torch.tensor(gold_ranked[96:]) / TEMPERATURE
+train_rows, held_out = ranked[:48], ranked[48:]
+perfect = torch.tensor(gold_ranked[48:]) / TEMPERATURE
 print("gold scores in the order of one ranking:", gold_ranked[0])
 print(f"a model that knows the gold score: held-out loss {ranking_loss(perfect):.3f}")
 
@@ -462,46 +462,315 @@ assert abs(once - twice) < 1e-5 and furthest < 1e-4
 # %% [markdown]
 # ## In one batch, or shuffled
 #
-# Two ways through the same data, five times each (an **epoch** is one time):
+# The notes demand all pairs of a prompt in one batch, because a reward model overfits, often
+# within one **epoch** (one pass through the data). Three ways through the same rankings, three
+# epochs each:
 #
-# - **together**: a step takes 8 prompts and all 6 pairs of each, 32 answers read;
-# - **shuffled**: all 576 pairs in random order, a step takes 8 pairs of any prompts, 16 answers
-#   read. An answer comes back in $K - 1 = 3$ different steps of one epoch.
+# | way | a step takes | answers read in a step | steps an epoch |
+# |---|---|---|---|
+# | together | 4 prompts, all 6 pairs of each | 16 | 12 |
+# | shuffled, small steps | 8 pairs of any prompts | 16 | 36 |
+# | shuffled, large steps | 24 pairs of any prompts | 48 | 12 |
 #
-# Held out: the loss of 64 rankings that are not trained on. Before you run it, guess: after how
-# many epochs is each at its best?
+# Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Watch the loss on
+# the 64 rankings that are held out. Before you run it, guess: when is each of the three at its
+# best, and which is the worst after three epochs?
 
 # %%
 from minippo.batching import pieces
 from minippo.optim import adamw, optimizer_step
 
-EPOCHS = 5
 all_pairs = [pair for row in train_rows for pair in as_pairs(row)]
 print(len(train_rows), "rankings of 4, or", len(all_pairs), "pairs")
 
 
+def held_out_loss(reward_model):
+    return float(ranking_loss(torch.tensor(score_all(reward_model, held_out, pad_id))))
+
+
 # %%
-def epochs_of(rows, seed):
-    """Reward model trained on rows, 8 a step; its (training, held-out) loss after each epoch."""
+def train(rows, per_step, epochs=3, seed=0):
+    """The losses after each epoch, the first before any: training (from 1 on) and held out."""
     reward_model = RewardModel.from_policy(policy, seed, pad_id)
     optimizer = adamw({"reward": reward_model}, {"reward": 1e-3})
-    order, curve = random.Random(seed), []
-    for _ in range(EPOCHS):
-        shuffled = order.sample(rows, len(rows))
+    rng, in_training, outside = random.Random(seed), [], [held_out_loss(reward_model)]
+    for _ in range(epochs):
         losses = []
-        for piece in pieces(shuffled, 8):
+        for piece in pieces(rng.sample(rows, len(rows)), per_step):
             loss = ranking_loss(score_responses(reward_model, piece, pad_id))
             loss.backward()
             optimizer_step(optimizer, max_grad_norm=1.0)
             losses.append(float(loss.detach()))
-        scores = torch.tensor(score_all(reward_model, held_out, pad_id))
-        curve.append((sum(losses) / len(losses), float(ranking_loss(scores))))
-    return curve
+        in_training.append(sum(losses) / len(losses))
+        outside.append(held_out_loss(reward_model))
+    return in_training, outside
 
 
 # %%
-curves = {"together": epochs_of(train_rows, 0), "shuffled": epochs_of(all_pairs, 0)}
-for name, curve in curves.items():
-    train_loss, held_out_loss = zip(*curve)
-    print(f"{name} training", *(f"{loss:.2f}" for loss in train_loss))
-    print(f"{name} held out", *(f"{loss:.2f}" for loss in held_out_loss))
+curves = {
+    "together": train(train_rows, 4),
+    "shuffled, small steps": train(all_pairs, 8),
+    "shuffled, large steps": train(all_pairs, 24),
+}
+print("loss after epoch           1    2    3       0    1    2    3")
+for name, (in_training, outside) in curves.items():
+    print(f"{name:22s}", *(f"{loss:.2f}" for loss in in_training), end="")
+    print("   ", *(f"{loss:.2f}" for loss in outside))
+print(f"{'':22s} training          held out")
+
+# %% tags=["nbval-ignore-output"]
+figure, axes = plt.subplots(1, 2, figsize=(10.8, 3), layout="constrained")
+for name, (in_training, outside) in curves.items():
+    axes[0].plot([1, 2, 3], in_training, marker="o", label=name)
+    axes[1].plot([0, 1, 2, 3], outside, marker="o", label=name)
+axes[1].axhline(float(ranking_loss(perfect)), color="0.5", linestyle=":", label="gold score")
+for axis, name in zip(axes, ("training", "held out")):
+    axis.set(xlabel="epoch", ylabel="loss, nats per pair", title=name, xticks=range(4))
+    axis.grid()
+axes[1].legend(frameon=False, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# The training loss of all three falls and falls; on new rankings every one of them is at its best
+# after an epoch or two and gets *worse* from then on. So "train until convergence", as chapter 4 of
+# the notes says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving"
+# the right one.
+#
+# And the batch? Small shuffled steps overfit fastest: each answer is pulled at in three different
+# steps. But shuffled in *large* steps, as many as "together" takes, it does about as well as
+# "together". What protects is not the company of the same prompt but the number of steps. Keeping a
+# prompt together gets that with a third of the reading, and with a seventh for K = 8.
+
+# %%
+outside = {name: held for name, (_, held) in curves.items()}
+best = {name: min(range(4), key=held.__getitem__) for name, held in outside.items()}
+print("best after epoch:", best)
+small, large = outside["shuffled, small steps"], outside["shuffled, large steps"]
+print(f"after three: small steps {small[3]:.2f}, large {large[3]:.2f}", end=", ")
+print(f"together {outside['together'][3]:.2f}")
+assert all(held[3] > min(held) + 0.1 for held in outside.values()) and max(best.values()) < 3
+assert small[3] > large[3] + 0.2 and small[3] > outside["together"][3] + 0.2
+assert abs(large[3] - outside["together"][3]) < 0.3
+
+# %% [markdown]
+# ## Is the shipped reward model calibrated?
+#
+# Now the model that PPO uses: 6,000 prompts, 8 answers each. 96 new questions, four answers each.
+# It says $\sigma(s_i - s_j)$ for every pair. The annotator's true probability is known:
+# $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A model is **calibrated** if among the pairs
+# where it says 80%, the preferred answer really is preferred by 80% of the annotators.
+
+# %%
+rows = prompt_rows("validation", 96)
+sampled, texts, judged = sample(rows, seed=3)
+scores = torch.tensor(score_all(shipped, sampled, pad_id))
+gold = torch.tensor([[judgement.score for judgement in four] for four in judged])
+print(f"scores {tuple(scores.shape)}, gold {tuple(gold.shape)}", end=", ")
+print(f"correlation {float(torch.corrcoef(torch.stack([scores, gold]).flatten(1))[0, 1]):.2f}")
+
+# %%
+i, j = torch.triu_indices(4, 4, offset=1)
+differ = torch.tensor([[four[a] != four[b] for a, b in zip(i, j)] for four in texts])
+score_gap = (scores[:, i] - scores[:, j])[differ]
+gold_gap = (gold[:, i] - gold[:, j])[differ]
+clear = gold_gap != 0
+agreement = float((score_gap.sign() == gold_gap.sign())[clear].float().mean())
+print(f"{len(score_gap)} pairs of different answers, {int(clear.sum())} with different gold scores")
+print(f"order of the noiseless annotator met in {agreement:.1%} of these")
+
+
+# %%
+def calibration(scale=1.0, bins=5):
+    """Rows of (predicted, observed, pairs), the answer with the higher score taken as preferred."""
+    predicted = (scale * score_gap.abs()).sigmoid()
+    observed = (gold_gap * score_gap.sign() / TEMPERATURE).sigmoid()
+    places = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    chosen = [places == b for b in range(bins) if bool((places == b).any())]
+    return [(float(predicted[c].mean()), float(observed[c].mean()), int(c.sum())) for c in chosen]
+
+
+def calibration_error(table):
+    return sum(abs(said - seen) * count for said, seen, count in table) / len(score_gap)
+
+
+# %%
+tables = {scale: calibration(scale) for scale in (1.0, 3.0)}
+for said, seen, count in tables[1.0]:
+    print(f"says {said:.2f}, is {seen:.2f}, {count:3d} pairs")
+
+# %% tags=["nbval-ignore-output"]
+figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+axis.plot([0.5, 1], [0.5, 1], color="0.6", linestyle=":", label="perfect")
+for (scale, table), marker in zip(tables.items(), "os"):
+    said, seen, counts = zip(*table)
+    axis.plot(said, seen, marker=marker, label=f"scores times {scale:.0f}")
+    for x, y, count in table if scale == 1 else ():
+        axis.annotate(f"n={count}", (x, y), (x + 0.01, y - 0.03), fontsize=8)
+axis.set(xlabel="what the reward model says", ylabel="share of annotators")
+axis.legend(frameon=False)
+axis.grid()
+plt.show()
+
+# %%
+errors = {scale: calibration_error(table) for scale, table in tables.items()}
+print(f"mean distance from the diagonal: {errors[1.0]:.3f}, with scores times 3: {errors[3.0]:.3f}")
+same_order = float(((3 * score_gap).sign() == gold_gap.sign())[clear].float().mean())
+print(f"pairs in order: {agreement:.1%}, with scores times 3: {same_order:.1%}")
+assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
+
+# %% [markdown]
+# The share of pairs in the right order is what reward models are usually reported by. It cannot see
+# the scale: times three, the model is as "accurate" and far too sure.
+#
+# ## Does it like length?
+#
+# A reward model that pays for length makes PPO write long answers. The usual probe is a
+# correlation:
+
+# %%
+lengths = torch.tensor([[float(len(ids)) for ids in one.responses] for one in sampled])
+
+
+def within_prompts(x, y):
+    """Correlation of two (B, K) tensors, the mean of each prompt taken off."""
+    pair = torch.stack([(z - z.mean(1, keepdim=True)).flatten() for z in (x, y)])
+    return float(torch.corrcoef(pair)[0, 1])
+
+
+# %%
+length_gap = (lengths[:, i] - lengths[:, j])[differ]
+level = ~clear & (length_gap != 0) & (score_gap != 0)
+longer_wins = float((score_gap.sign() == length_gap.sign())[level].float().mean())
+print(f"correlation of length with score {within_prompts(lengths, scores):.2f}")
+print(f"correlation of length with gold  {within_prompts(lengths, gold):.2f}")
+print(f"gold equal: the longer one scores higher in {longer_wins:.0%} of {int(level.sum())}")
+
+# %% [markdown]
+# Length and score go together, but so do length and quality: an answer with two tips is longer than
+# "It depends." Where the gold scores are equal, length decides nothing. No length bias, it seems.
+#
+# But these are answers that the SFT model wrote. PPO will look everywhere for a higher score. So
+# change one thing by hand and look what happens, in answers the way nobody has written them:
+
+# %%
+question = "How do I grow sweet tomatoes?"
+tip = "You can water the tomato plants every morning."
+kinds = {"the tip again": tip, "a polite phrase": "I hope that helps."}
+
+
+def probe(text):
+    """Standardised score and gold score of an answer to the question."""
+    row = Encoded(0, prompt, [encode_response(tokenizer, text)])
+    score = (score_all(shipped, [row], pad_id)[0][0] - shipped.mean) / shipped.std
+    return score, judge(question, text).score
+
+
+# %%
+probes = {}
+for kind, more in kinds.items():
+    probes[kind] = [probe(" ".join([tip] + [more] * count)) for count in range(4)]
+    print(f"{kind + ', 0 to 3 times':31s}", end="")
+    print("  score", *(f"{score:+.2f}" for score, _ in probes[kind]), end="")
+    print("  gold", *(f"{gold_score:.2f}" for _, gold_score in probes[kind]))
+
+# %% tags=["nbval-ignore-output"]
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+for axis, name, place in zip(axes, ("reward model, standardised", "gold score"), (0, 1)):
+    for kind, values in probes.items():
+        axis.plot([value[place] for value in values], marker="o", label=kind)
+    axis.set(xlabel="times added to one tip", ylabel=name, xticks=range(4))
+    axis.grid()
+axes[0].legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# There it is. The annotator takes points off for saying the same thing twice; the reward model pays
+# for it, because no answer in its data ever did that. In its data more tips meant a better answer.
+# The correlation could not show this: a bias that the data do not contain is not in the data. PPO
+# can find it, and the KL penalty of notebook 05 is what keeps it near the texts on which the reward
+# model knows its business.
+
+# %%
+again, phrase = (values for values in probes.values())
+print("the tip four times instead of once: score up, gold down")
+assert again[3][0] > again[0][0] + 0.4 and again[3][1] < again[0][1] - 1
+assert within_prompts(lengths, gold) > 0.2 and 0.3 < longer_wins < 0.7
+
+# %% [markdown]
+# ## What does it get wrong? Read.
+#
+# Numbers say how often, reading says what. For each answer: how far its score is above (or below)
+# what its gold score deserves, both as deviations from the mean of the prompt, in standard
+# deviations. The six most overrated and the three most underrated answers:
+
+# %%
+over = (scores - scores.mean(1, keepdim=True)) / shipped.std
+over = over - (gold - gold.mean(1, keepdim=True)) / gold.std()
+order = over.flatten().argsort(descending=True).tolist()
+for place in order[:6] + order[-3:]:
+    row, column = divmod(place, 4)
+    print(f"{float(over[row, column]):+.2f}  gold {float(gold[row, column]):+.1f}", end="  ")
+    print("Q:", rows[row]["instruction"])
+    print("   A:", " ".join(texts[row][column].split())[:150])
+    print("   ", judged[row][column].sentence)
+
+# %% [markdown]
+# Read the overrated ones aloud. Some are *almost* right: a word said twice, two sentences grown
+# together, a tip of another topic. They have the words that good answers have, and the annotator
+# reads sentences where the model has learned words and their neighbourhood. What it has against
+# the underrated ones is hard to see. A pattern would tell which data to collect; here, more answers
+# that are almost right. Whatever you do, do not trust the score alone.
+
+# %%
+top = [divmod(place, 4) for place in order[:20]]
+broken = sum(judged[r][c].parts["complete"] < 0 for r, c in top)
+share = sum(judgement.parts["complete"] < 0 for four in judged for judgement in four) / gold.numel()
+print(f"broken answers: {broken} of the 20 most overrated, {share:.0%} of all")
+assert broken / 20 > share
+
+# %% [markdown]
+# ## Claims
+#
+# What the text says, asserted:
+
+# %%
+ratio = math.comb(4, 2)
+divided_twice = float(ranking_loss(torch.zeros(1, 4))) / ratio
+print(f"equal scores: loss log 2 = {math.log(2):.3f}; divided by C(4,2) twice {divided_twice:.3f}")
+shifted = ranking_loss(paper_scores + torch.tensor([[7.0], [-3.0]]))
+assert torch.allclose(shifted, ranking_loss(paper_scores))
+print("a constant for each prompt changes nothing in the loss")
+assert [round(stretch[name], 2) for name in fits] == [1, 2, 2]
+print("half the noise, or the true gap as margin, doubles the scores")
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. Answer A to one question scores 3.1, answer B to another question scores 2.0. Which is better?
+# 2. A reward model gives every answer the same score. What is its loss, for K = 2 and for K = 8?
+# 3. Reward models A and B put the same 84% of pairs in order; B's scores are three times A's. What
+#    differs?
+# 4. K = 8. How many answers have to be read for all pairs of a prompt, and in how many steps of a
+#    shuffled epoch does one answer turn up?
+# 5. Scores correlate with length, and so does the gold score. Is the reward model biased?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Nobody knows. Comparisons are within a prompt; each prompt may have its own constant.
+#    Standardising fixes one constant and one scale for all prompts, not one for each.
+# 2. $\log 2 = 0.693$ for both: every pair has the gap 0, and the loss is a mean over pairs.
+# 3. How sure they are. At most one of them is calibrated. If they go into PPO as they are, the same
+#    KL coefficient weighs a third as much against B; standardised, they are the same.
+# 4. 8 answers for 28 pairs. In up to 7 steps: it is in $K - 1 = 7$ pairs.
+# 5. The correlation does not say. Compare at equal gold score, and change the length by hand: here
+#    the first showed nothing and the second showed that repetition is paid for.
+#
+# </details>
+#
+# **Next:** the reward model is right where it has data and wrong a little further away. What keeps
+# the policy near? Notebook 05: the KL penalty.
+
+# %%
+from minippo.checks import scored
+
+scored()
