@@ -394,8 +394,8 @@ for K in (2, 4, 8, 9):
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
 # **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
-# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts to learn from, 64 held out. That is little,
-# on purpose: overfitting should show within seconds.
+# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts of one turn to learn from, 64 held out. That
+# is little, on purpose: overfitting should show within seconds.
 
 # %%
 from minippo.batching import Encoded, decode_response
@@ -417,7 +417,8 @@ def sample(rows, seed):
 
 
 # %%
-sampled, texts, judged = sample(prompt_rows("preference", 112), seed=7)
+rows = [row for row in prompt_rows("preference", 400) if not row["history"]][:112]
+sampled, texts, judged = sample(rows, seed=7)
 for text, judgement in zip(texts[0], judged[0]):
     print(f"{judgement.score:+.2f}  {text}")
 
@@ -469,7 +470,7 @@ assert abs(once - twice) < 1e-5 and furthest < 1e-4
 # | way | a step takes | answers read in a step | steps an epoch |
 # |---|---|---|---|
 # | together | 4 prompts, all 6 pairs of each | 16 | 12 |
-# | shuffled, small steps | 8 pairs of any prompts | 16 | 36 |
+# | shuffled, small steps | 4 pairs of any prompts | 8 | 72 |
 # | shuffled, large steps | 24 pairs of any prompts | 48 | 12 |
 #
 # Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Watch the loss on
@@ -509,7 +510,7 @@ def train(rows, per_step, epochs=3, seed=0):
 # %%
 curves = {
     "together": train(train_rows, 4),
-    "shuffled, small steps": train(all_pairs, 8),
+    "shuffled, small steps": train(all_pairs, 4),
     "shuffled, large steps": train(all_pairs, 24),
 }
 print("loss after epoch           1    2    3       0    1    2    3")
@@ -531,15 +532,16 @@ axes[1].legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The training loss of all three falls and falls; on new rankings every one of them is at its best
-# after an epoch or two and gets *worse* from then on. So "train until convergence", as chapter 4 of
+# The training loss of all three falls and falls; on new rankings they are at their best after an
+# epoch or two and get *worse* from then on. So "train until convergence", as chapter 4 of
 # the notes says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving"
 # the right one.
 #
-# And the batch? Small shuffled steps overfit fastest: each answer is pulled at in three different
-# steps. But shuffled in *large* steps, as many as "together" takes, it does about as well as
-# "together". What protects is not the company of the same prompt but the number of steps. Keeping a
-# prompt together gets that with a third of the reading, and with a seventh for K = 8.
+# And the batch? Small shuffled steps overfit fastest, within the first epoch: each answer is pulled
+# at in three different steps. But shuffled in *large* steps, as many as "together" takes, it does
+# about as well as "together". What protects is not the company of the same prompt but the number of
+# steps. Keeping a prompt together gets that with a third of the reading, and with a seventh for
+# K = 8.
 
 # %%
 outside = {name: held for name, (_, held) in curves.items()}
@@ -549,8 +551,8 @@ small, large = outside["shuffled, small steps"], outside["shuffled, large steps"
 print(f"after three: small steps {small[3]:.2f}, large {large[3]:.2f}", end=", ")
 print(f"together {outside['together'][3]:.2f}")
 assert all(held[3] > min(held) + 0.1 for held in outside.values()) and max(best.values()) < 3
-assert small[3] > large[3] + 0.2 and small[3] > outside["together"][3] + 0.2
-assert abs(large[3] - outside["together"][3]) < 0.3
+assert small[1] > outside["together"][1] and small[3] > outside["together"][3] + 0.2
+assert small[3] > large[3] + 0.1 and abs(large[3] - outside["together"][3]) < 0.4
 
 # %% [markdown]
 # ## Is the shipped reward model calibrated?
