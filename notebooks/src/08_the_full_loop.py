@@ -39,6 +39,7 @@ if "google.colab" in sys.modules:
     print("Upload a clone of the repository, then run: %pip install -q ./minippo")
 
 # %%
+# %matplotlib inline
 from collections import Counter
 from dataclasses import replace
 
@@ -138,7 +139,7 @@ assert torch.allclose(torch.stack([first, second]), torch.tensor([-0.18, 0.017])
 # call them.
 
 # %%
-from minippo.batching import decode_response, encode_prompt, left_pad
+from minippo.batching import batch_plan, decode_response, encode_prompt, left_pad
 from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
 from minippo.tinyhh.rows import prompt_rows
 
@@ -157,11 +158,13 @@ prompts = encoded(prompt_rows("ppo", 2048))
 print(len(prompts), "prompts, the longest with", max(map(len, prompts)), "tokens")
 
 # %%
+from minippo.config import PPOConfig
 from minippo.generation import generate
-from minippo.rollout import Rollout, Samples
+from minippo.logprobs import entropy_from_logits
+from minippo.rewards import penalize_missing_eos, standardize_scores
+from minippo.rollout import Rollout, Samples, rollout_metrics
 
 
-# %%
 def sample(policy, prompts, tokenizer, config, seed, step, rows):
     """Step 1: one answer to each prompt, with its masks."""
     query, query_mask = left_pad(prompts, tokenizer.pad_token_id)
@@ -180,6 +183,12 @@ def look_at(model, batch):
     places = position_ids(batch.attention_mask)
     logits = response_window(model(batch.tokens, position_ids=places, **options).logits, length)
     return gather_logprobs(logits, batch.response).masked_fill(~batch.mask, 0), logits
+
+
+three = sample(ref_policy, prompts[:3], tokenizer, PPOConfig(), 0, 0, range(3))
+print("tokens", tuple(three.tokens.shape), "response", tuple(three.response.shape))
+print("tokens that count:", three.mask.sum(1).tolist())
+print("log-probabilities", *(tuple(x.shape) for x in look_at(ref_policy, three)), "logits")
 
 
 # %% [markdown]
@@ -218,10 +227,6 @@ def look_at(model, batch):
 #
 # </details>
 
-# %%
-from minippo.logprobs import entropy_from_logits
-from minippo.rewards import penalize_missing_eos, standardize_scores
-
 
 # %%
 @torch.no_grad()
@@ -255,10 +260,8 @@ def collect_rollout(policy, ref_policy, value_model, score_fn, prompts, tokenize
 from minippo import ppo
 from minippo import rollout as minippo_rollout
 from minippo.checks.checking import RESULTS
-from minippo.config import PPOConfig
 
 
-# %%
 def settle(name, yours, own, compare):
     """Your function if it is right, minippo's own if it is not written; an error if it is wrong."""
     RESULTS[name] = "wrong"
@@ -281,14 +284,13 @@ def agree(name, mine, own, tolerance=1e-4):
     torch.testing.assert_close(mine, own, atol=tolerance, rtol=tolerance, msg=say)
 
 
-# %%
 few = PPOConfig(batch_size=16, minibatch_size=8, micro_batch_size=8)
 models = load_policy("ppo"), ref_policy, ValueModel.load("value")
 acting = *models, reward_model, prompts[:16], tokenizer, few
 right = minippo_rollout.collect_rollout(*acting, score_stats=score_stats, seed=3)
+print("minippo's rollout:", len(right.mask), "answers,", int(right.mask.sum()), "tokens that count")
 
 
-# %%
 def same_rollout(collect):
     found = collect(*acting, score_stats=score_stats, seed=3)
     for name in Rollout.__dataclass_fields__:
@@ -332,7 +334,6 @@ collect_rollout = settle("collect_rollout", collect_rollout, own, same_rollout)
 from minippo.losses import ppo_objective
 
 
-# %%
 def ppo_loss(policy, ref_policy, value_model, batch, config):
     """L_policy + c1 L_value on rows of a rollout -> loss (), stats {name: ()}."""
     ### BEGIN SOLUTION
@@ -364,7 +365,6 @@ def loss_and_gradients(loss_fn):
     return loss, stats, torch.autograd.grad(loss, parameters)
 
 
-# %%
 def same_loss(loss_fn):
     (loss, stats, found), (own, own_stats, wanted) = map(
         loss_and_gradients, (loss_fn, ppo.ppo_loss)
@@ -375,7 +375,6 @@ def same_loss(loss_fn):
     agree("the gradient", found, wanted, 1e-3)
 
 
-# %%
 ppo_loss = settle("ppo_loss", ppo_loss, ppo.ppo_loss, same_loss)
 
 # %%
@@ -415,10 +414,9 @@ assert stats["policy/clip_frac"] > 0.01
 # </details>
 
 # %%
-from minippo.optim import adamw, optimizer_step
+from minippo.optim import adamw, optimizer_step, set_learning_rate
 
 
-# %%
 def ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator):
     """All updates on one rollout; returns the mean of each statistic."""
     ### BEGIN SOLUTION
@@ -448,7 +446,6 @@ def weights_after(update):
     return [parameter.detach() for m in trained.values() for parameter in m.parameters()]
 
 
-# %%
 def same_weights(update):
     found, wanted = weights_after(update), weights_after(ppo.ppo_update)
     agree("a weight after the updates", found, wanted, 2e-4)
@@ -456,7 +453,6 @@ def same_weights(update):
     assert not torch.equal(found[0], unmoved), "the policy did not move"
 
 
-# %%
 ppo_update = settle("ppo_update", ppo_update, ppo.ppo_update, same_weights)
 
 # %% [markdown]
@@ -464,11 +460,6 @@ ppo_update = settle("ppo_update", ppo_update, ppo.ppo_update, same_weights)
 #
 # What is left is short: a batch of prompts, a rollout, its updates, and the next. The learning rate
 # falls to 0. `rollout_metrics` says what the rollout shows of the policy.
-
-# %%
-from minippo.batching import batch_plan
-from minippo.optim import set_learning_rate
-from minippo.rollout import rollout_metrics
 
 
 # %%
@@ -513,6 +504,9 @@ def tables():
     return policy, frozen_copy(policy), TabularValue(world)
 
 
+print(len(world.states), "states,", len(world.responses), "answers, words:", *world.words)
+
+
 # %%
 short = replace(exam, steps=3)
 yours, theirs = tables(), tables()
@@ -535,6 +529,8 @@ from minippo.tinyhh.annotator import judge
 
 test_rows = prompt_rows("validation", 64)
 test_prompts = encoded(test_rows)
+alone = [n for n, row in enumerate(test_rows) if not row["history"]][:4]  # to be read below
+print(len(test_rows), "questions,", sum(bool(row["history"]) for row in test_rows), "with history")
 
 
 # %%
@@ -554,8 +550,8 @@ def summary(judged):
 sft_texts, sft_judged = answers_of(ref_policy)
 gold_sft, sft_counts = summary(sft_judged)
 print(f"gold score of SFT {gold_sft:.2f}", sft_counts)
-for row, text in list(zip(test_rows, sft_texts))[:4]:
-    print(f"\nHuman: {row['instruction']}\nSFT:   {text}")
+for n in alone:
+    print(f"\nHuman: {test_rows[n]['instruction']}\nSFT:   {sft_texts[n]}")
 
 # %% [markdown]
 # ## Training, live
@@ -598,7 +594,7 @@ print("the score rose by more than half a standard deviation:", high > low + 0.5
 print("the KL grew, and stayed below 20 nats per answer:", kl_start < kl_end < 20)
 assert high > low + 0.5 and kl_start < kl_end < 20 and history[0]["objective/scores"] < high
 
-# %% tags=["nbval-ignore-output"]
+# %%
 from IPython.display import display
 
 from minippo.plots import learning_curves
@@ -637,8 +633,8 @@ print(f"gold score: SFT {gold_sft:.2f}, PPO {gold_ppo:.2f}")
 print("SFT", sft_counts, "\nPPO", ppo_counts)
 rate = win_rate([j.score for j in ppo_judged], [j.score for j in sft_judged])
 print("PPO beats SFT in {:.0%} of 64 questions, 95% interval {:.0%} to {:.0%}".format(*rate))
-for row, before, after in list(zip(test_rows, sft_texts, ppo_texts))[:4]:
-    print(f"\nHuman: {row['instruction']}\nSFT:   {before}\nPPO:   {after}")
+for n in alone:
+    print(f"\nHuman: {test_rows[n]['instruction']}\nSFT:   {sft_texts[n]}\nPPO:   {ppo_texts[n]}")
 
 # %%
 print("PPO's gold score is higher by more than 1:", gold_ppo > gold_sft + 1)
@@ -672,6 +668,9 @@ def distance(policy):
     return world.kl(world.logprobs_all(policy), best).item()
 
 
+print(f"KL(ref, pi*) {distance(TabularPolicy(world, ref)):.3f} nats")
+
+
 # %%
 def sit_exam(config=exam, models=None, **options):
     """Trains a table; returns the distances to pi* before and after each step, and the policy."""
@@ -682,14 +681,12 @@ def sit_exam(config=exam, models=None, **options):
     return path, models[0]
 
 
-# %%
 path, examined = sit_exam()
 left = path[-1] / path[0]
-print(f"KL(ref, pi*) {path[0]:.3f} nats")
 print("less than 1% of it is left after training:", left < 0.01)
 assert left < 0.01
 
-# %% tags=["nbval-ignore-output"]
+# %%
 figure, axis = plt.subplots(figsize=(10.8, 2.8), layout="constrained")
 axis.semilogy(path, lw=1.8)
 axis.axhline(path[0] / 100, color="0.5", lw=1, ls=":")
@@ -698,7 +695,7 @@ axis.set(xlabel="step", ylabel="nats per answer", title="KL(policy, pi*), exact"
 axis.grid()
 plt.show()
 
-# %% tags=["nbval-ignore-output"]
+# %%
 from minippo.plots import probability_bars
 
 with torch.no_grad():
@@ -737,7 +734,6 @@ def one_late(*arguments, **options):
     return replace(rollout, advantages=late)
 
 
-# %%
 table = TabularPolicy(world, ref)
 brief = replace(exam, steps=80, batch_size=256, minibatch_size=256, micro_batch_size=256)
 ways = {
@@ -757,15 +753,17 @@ def facts(trained):
     return score.item(), world.kl(logprobs_all, ref).item(), world.kl(logprobs_all, best).item()
 
 
+before, goal = facts(TabularPolicy(world, ref)), facts(TabularPolicy(world, best))
+print(f"mean score: reference {before[0]:+.2f}, pi* {goal[0]:+.2f}")
+print(f"KL to the reference: pi* {goal[1]:.2f}")
+
 # %% tags=["nbval-ignore-output"]
-exact = {"(before)": facts(TabularPolicy(world, ref))}
-exact |= {name: facts(sit_exam(brief, **way)[1]) for name, way in ways.items()}
+exact = {name: facts(sit_exam(brief, **way)[1]) for name, way in ways.items()}
 print("                    score   KL to ref   KL(policy, pi*)")
 for name, numbers in exact.items():
     print("{:18s} {:+6.2f} {:z11.2f} {:17.3f}".format(name, *numbers))
 
 # %%
-before = exact.pop("(before)")
 print("the score rises by more than 1:", [name for name in ways if exact[name][0] > before[0] + 1])
 highest, nearest = max(ways, key=lambda n: exact[n][0]), min(ways, key=lambda n: exact[n][2])
 print("highest score:", highest)
