@@ -613,8 +613,11 @@ display(learning_curves(history))
 # %%
 print("panels are drawn from", len(history), "steps, each with", len(history[0]), "numbers")
 ended = ends("objective/eos_rate")
+longer, clipped = ends("objective/response_tokens"), ends("policy/clip_frac")
 print("nearly all answers end:", min(ended) > 0.9)
-assert min(ended) > 0.9 and len(history) == config.steps
+print("the answers got longer by more than 2 tokens:", longer[1] > longer[0] + 2)
+print("at the end less is clipped than at first:", clipped[1] < clipped[0])
+assert min(ended) > 0.9 and longer[1] > longer[0] + 2 and clipped[1] < clipped[0]
 
 # %% [markdown]
 # What to look for:
@@ -626,7 +629,7 @@ assert min(ended) > 0.9 and len(history) == config.steps
 # | entropy | falls slowly | near 0: the policy says one thing only |
 # | length, ending | settle | length runs to the limit: EOS is not learned, see the mask |
 # | `approx_kl`, `policy/clip_frac` | small, falling with the learning rate | large: steps too big |
-# | critic, explained variance | rises above 0 | stays below 0: values are worse than their mean |
+# | critic, explained variance | above 0 | below 0: a constant would be the better critic |
 # | policy loss | around 0, says nothing | |
 # | gradients | steady | spikes: a broken batch, or scores of another scale |
 #
