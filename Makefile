@@ -11,7 +11,7 @@
 #   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
 #   make bench      one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
 #   make equal-time gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
-#   make changes    what each change for speed brings, into docs/performance.md (15 minutes)
+#   make changes    what each change for speed brings, into docs/performance.md (15 minutes, 13 GB)
 #   make bounds     strain the reader and a long PPO run: each has a limit of memory (10 minutes)
 #   make faults     kill a short demo 50 times, resume each, compare every byte (15 minutes)
 #   make cuda       what can only be tested where there is a CUDA device

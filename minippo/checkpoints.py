@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minippo.distributed import split_like
+
 CHECKSUMS, WEIGHTS = "checksums.json", "model.safetensors"
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 100_000_000, 32  # the largest tokenizers have about 35 MB
 MANY_WEIGHTS, MANY_LAYERS = 2**24, 64  # a setting up to these costs little, whatever it means
@@ -245,19 +247,22 @@ def _restore_model(model: nn.Module, tensors: dict[str, Tensor], name: str) -> N
         raise ValueError(f"{name}/{key} is saved or needed, and not both")
     for key, parameter in parameters.items():
         _check_shape(f"{name}/{key}", tensors[key], parameter)
-        parameter.data.copy_(tensors[key])
+        parameter.data.copy_(split_like(tensors[key], parameter))
 
 
 def _restore_optimizer(optimizer, tensors: dict[str, Tensor], name: str) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = optimizer.state_dict()
+    saved = {**optimizer.state_dict(), "state": {}}
     for key, value in tensors.items():
         index, _, moment = key.partition("/")
         if not index.isdigit() or int(index) >= len(parameters):
             raise ValueError(f"{name}/{key} belongs to no parameter")
         if value.dim():  # the count of steps has none
             _check_shape(f"{name}/{key}", value, parameters[int(index)])
+            value = split_like(value, parameters[int(index)])
         saved["state"].setdefault(int(index), {})[moment] = value
+    if len({frozenset(moments) for moments in saved["state"].values()}) > 1:
+        raise ValueError(f"{name} has not the same moments of every parameter")
     optimizer.load_state_dict(saved)
 
 

@@ -161,12 +161,13 @@ def evaluate(
     --overwrite, which replaces the first evaluation.
     """
     from minippo import stages
+    from minippo.distributed import on_main
     from minippo.report import write_report
 
     with _open(run, {"eval": config}, overwrite) as (opened, source):
         result = stages.evaluate_stage(opened, source, config)
         print("\n" + stages.table_text(result["table"]))
-        print(f"\nreport: {write_report(opened.folder)}")
+        print(f"\nreport: {on_main(write_report)(opened.folder)}")
 
 
 def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
@@ -268,14 +269,18 @@ def _open(run: RunConfig, configs: dict, overwrite: bool, ppo: PPOConfig | None 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend is one line on stderr and exit code 2."""
     try:
-        _parse(arguments)()
+        command = _parse(arguments)
+        with _joined():
+            command()
     except KeyboardInterrupt as stop:
         _close_bars()
         said = str(stop) or "what is finished is saved; run it again, with --resume if it had begun"
+        _let_main_speak(stop)
         print(f"\nminippo: interrupted; {said}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         _close_bars()
+        _let_main_speak(error)
         print(f"minippo: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 
@@ -293,6 +298,22 @@ def _parse(arguments: list[str] | None):
         if not end.code:
             raise  # --help
         raise ValueError(_mistake(said.getvalue())) from end
+
+
+def _joined():
+    """Joins the processes that torchrun started, if it did."""
+    from minippo.distributed import joined
+
+    return joined()
+
+
+def _let_main_speak(error: BaseException) -> None:
+    """Most errors are met by all processes of torchrun: only the main one's is to be read.
+
+    When it has ended, torchrun ends the others while they wait here.
+    """
+    if os.environ.get("RANK", "0") != "0" and not getattr(error, "is_said_by_all", False):
+        time.sleep(3)
 
 
 def _deferred(command):

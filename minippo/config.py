@@ -213,6 +213,7 @@ class RunConfig(_Settings):
     gradient_checkpointing: bool = False  # a third more time for a fraction of the activations
     # of the weights of the two frozen models in PPO, reference and reward; bfloat16 halves them
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    fsdp: bool = False  # under torchrun: split models that do not fit one device over all of them
     resume: bool = False  # go on where an interrupted run stopped
 
     def __post_init__(self):

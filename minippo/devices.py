@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minippo.config import RunConfig
+from minippo.distributed import shard
 
 _autocast = ContextVar("autocast", default=RunConfig.autocast)  # what the run in progress asks for
 
@@ -71,13 +72,18 @@ def to_device(tensors, device: torch.device | None) -> tuple[Tensor, ...]:
 
 
 def prepared(model: nn.Module, config: RunConfig) -> nn.Module:
-    """The model on the run's device, checkpointed and compiled if the run wants it."""
-    model = model.to(device_of(config))
+    """The model on the run's device, checkpointed, compiled and in parts if the run wants it.
+
+    Copies of a model are made before, from a whole one.
+    """
+    device = device_of(config)
+    if not config.fsdp:
+        model = model.to(device)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:
         compile_forward(model)
-    return model
+    return shard(model, device) if config.fsdp else model
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -94,6 +100,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         raise ValueError(f"{message}; leave out --gradient-checkpointing")
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)
+    _below(model).reads_whole = True
 
 
 def _recomputed(forward, *arguments, **options):
@@ -110,8 +117,18 @@ def _recomputed(forward, *arguments, **options):
 
 def compile_forward(model: nn.Module, backend: str = "inductor") -> None:
     """`torch.compile` of all below the head; a copy of the model is not compiled."""
-    below = getattr(model, "classifier", model).base_model
-    below.compile(dynamic=True, backend=backend)  # every batch has another length
+    _below(model).compile(dynamic=True, backend=backend)  # every batch has another length
+    _below(model).reads_whole = True
+
+
+def reads_whole(model: nn.Module) -> bool:
+    """Whether layers are recomputed or compiled, which passes over a cache are not."""
+    return getattr(_below(model), "reads_whole", False)
+
+
+def _below(model: nn.Module) -> nn.Module:
+    """The backbone, without the head."""
+    return getattr(getattr(model, "classifier", model), "base_model", model)
 
 
 def uncompiled():
@@ -137,7 +154,9 @@ def unasked_mask(model, attention_mask: Tensor | None, tokens: Tensor) -> Tensor
     """
     config, device = getattr(model, "config", None), tokens.device
     is_plain = getattr(config, "_attn_implementation", None) == "sdpa"
-    is_plain &= getattr(config, "sliding_window", None) is None
+    special = ("sliding_window", "attention_chunk_size", "alibi")
+    is_plain &= not any(getattr(config, name, None) for name in special)
+    is_plain &= set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
     if device.type == "cpu" or not is_plain:
         return attention_mask
     queries = tokens.shape[1]

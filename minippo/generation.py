@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from minippo.batching import left_pad, pieces
 from minippo.devices import to_device
+from minippo.distributed import anywhere, gather_dict, in_lockstep, own_rows, world
 from minippo.models import forward_pass
 
 
@@ -51,16 +52,20 @@ def generate(
     (uniforms,) = to_device([row_uniforms(seed, step, rows, max_response_tokens)], device)
     response = torch.full((count, max_response_tokens), pad_id, device=device)
     alive = torch.arange(count, device=device)  # rows that are still being written
-    mask, tokens, cache = query_mask.long(), query, None
+    mask, tokens, cache, idle = query_mask.long(), query, None, False
     for t in range(max_response_tokens):
         cached = {"use_cache": True, "past_key_values": cache}
         output = forward_pass(policy, tokens, mask, logits_to_keep=1, **cached)
         cache = output.past_key_values
         sampled = sample_tokens(output.logits[:, -1], uniforms[alive, t], temperature)
-        response[alive, t] = sampled
+        if not idle:
+            response[alive, t] = sampled
         going_on = (sampled != eos_id).nonzero().squeeze(-1)
-        if len(going_on) == 0:
+        idle = idle or len(going_on) == 0
+        if not anywhere(not idle):
             break
+        if idle:  # all rows are done here but not on another rank: one takes part in its passes
+            going_on = alive.new_zeros(1)
         if len(going_on) < len(alive):
             cache.batch_select_indices(going_on)
             alive, mask, sampled = alive[going_on], mask[going_on], sampled[going_on]
@@ -80,13 +85,15 @@ def generate_many(
     """
     device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
     limits = (max_response_tokens, eos_id, tokenizer.pad_token_id)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for rows in pieces(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), batch_size):
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[own_rows(len(prompts))]
+    answers: dict[int, list[int]] = {}
+    for rows, _ in in_lockstep(pieces(order, batch_size)):
         padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
         query, mask = to_device(padded, device)
         response = generate(policy, query, mask, *limits, seed, step, rows, temperature)
         for row, ids in zip(rows, response.tolist(), strict=True):
             answers[row] = ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
         if on_batch:
-            on_batch(len(rows))
-    return answers
+            on_batch(len(rows) * world())
+    answers = gather_dict(answers)
+    return [answers[row] for row in range(len(prompts))]

@@ -26,10 +26,12 @@ from minippo.config import DATA_DIR
 from minippo.devices import (
     at_least_float32,
     autocast,
+    reads_whole,
     to_device,
     unasked_mask,
     uncompiled,
 )
+from minippo.distributed import is_sharded
 from minippo.logprobs import response_window
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
@@ -63,7 +65,8 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
         getattr(model, "base_model", model).warn_if_padding_and_no_attention_mask = _say_nothing
     else:
         options["attention_mask"] = seen
-    with autocast(tokens.device), uncompiled() if use_cache else nullcontext():
+    is_compiled = use_cache and reads_whole(model)
+    with autocast(tokens.device), uncompiled() if is_compiled else nullcontext():
         return model(input_ids=tokens, use_cache=use_cache, **options)
 
 
@@ -355,9 +358,14 @@ class _ScalarHead(nn.Module):
         head = self.classifier.score
         return at_least_float32(head(hidden.to(head.weight.dtype)).squeeze(-1))
 
-    def save(self, folder) -> None:
-        """Writes what `AutoModelForSequenceClassification.from_pretrained` reads."""
-        self.classifier.save_pretrained(folder)
+    def save(self, folder, state_dict=None) -> None:
+        """Writes what `AutoModelForSequenceClassification.from_pretrained` reads.
+
+        state_dict: this model's weights, if they are not in it
+        """
+        if state_dict is not None:
+            state_dict = {k.removeprefix("classifier."): v for k, v in state_dict.items()}
+        self.classifier.save_pretrained(folder, state_dict=state_dict)
 
     @classmethod
     def load(cls, path_or_name):
@@ -396,17 +404,22 @@ class RewardModel(_ScalarHead):
         returns: (B, K)
         """
         backbone, k = self.classifier.base_model, len(response) // len(query)
+        seen = torch.cat([query_mask.repeat_interleave(k, 0), mask], 1)
+        # FSDP puts layers together for gradients of outputs, not of caches; nor are passes over a
+        # cache compiled or recomputed.
+        if is_sharded(self.classifier.score.weight) or reads_whole(backbone):
+            tokens = torch.cat([query.repeat_interleave(k, 0), response], 1)
+            return self(tokens, seen).view(-1, k)
         cache = forward_pass(backbone, query, query_mask, use_cache=True).past_key_values
         cache.batch_repeat_interleave(k)  # keys and values of the query; gradients flow into them
-        seen = torch.cat([query_mask.repeat_interleave(k, 0), mask], 1)
         options = {"use_cache": True, "past_key_values": cache}
         hidden = forward_pass(backbone, response, seen, **options).last_hidden_state
         rows = torch.arange(len(response), device=response.device)
         return self.read(hidden[rows, mask.sum(1) - 1]).view(-1, k)
 
-    def save(self, folder) -> None:
+    def save(self, folder, state_dict=None) -> None:
         """Weights for `transformers`, and the standardisation beside them."""
-        super().save(folder)
+        super().save(folder, state_dict)
         stats = json.dumps({"mean": self.mean, "std": self.std})
         (Path(folder) / "reward_stats.json").write_text(stats, encoding="utf-8")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minippo.batching import batch_plan, check_context
+from minippo.distributed import sum_gradients, sum_metrics, whole
 
 
 class NonFiniteError(ValueError):
@@ -53,14 +54,15 @@ def set_learning_rate(optimizer, step: int, total: int, warmup_steps: int) -> No
 
 
 def optimizer_step(optimizer, max_grad_norm: float) -> dict[str, Tensor]:
-    """Clips each model's gradients on its own, steps, clears them.
+    """Adds up the ranks' gradients, clips each model's on its own, steps, clears them.
 
     returns: the norms before clipping, as grad_norm/NAME
     """
     norms = {}
     for group in optimizer.param_groups:
+        sum_gradients(group["params"])
         norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        norms[f"grad_norm/{group['name']}"] = norm
+        norms[f"grad_norm/{group['name']}"] = whole(norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
@@ -75,7 +77,7 @@ def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict
     checked = dict(metrics)
     for group in optimizer.param_groups if optimizer else ():
         norms = [parameter.detach().norm() for parameter in group["params"]]
-        checked[f"weights/{group['name']}"] = torch.stack(norms).norm()
+        checked[f"weights/{group['name']}"] = whole(torch.stack(norms).norm())
     tensors = {name: v for name, v in checked.items() if isinstance(v, Tensor)}
     if tensors:  # all of them in one copy, the only time in a step that the host waits
         together = torch.stack([v.detach().float() for v in tensors.values()])
@@ -97,7 +99,8 @@ def training_loop(
 
     models: {name: the model that is trained}; without dropout, gradients flow all the same
     lengths: the tokens of each row
-    gradients: (indices) -> metrics; leaves the gradients of that batch in the model
+    gradients: (indices) -> metrics; leaves the gradients of that batch in the model, or of this
+        process's rows of it, both as shares of the mean over the batch
     config: its batch_size, steps or epochs, lr, warmup_steps and max_grad_norm are used
     Raises ValueError if a row exceeds the model's context, and NonFiniteError when a metric or a
     weight is NaN or infinite.
@@ -113,7 +116,7 @@ def training_loop(
     first = hooks.start(stage, total, {**models, "optimizer": optimizer})
     for step in range(first, total):
         set_learning_rate(optimizer, step, total, config.warmup_steps)
-        metrics = gradients(plan[step])
+        metrics = sum_metrics(gradients(plan[step]))
         norms = optimizer_step(optimizer, config.max_grad_norm)
         history.append(finite_metrics(stage, step, metrics | norms, optimizer))
         hooks.step(stage, step, history[-1])

@@ -5,6 +5,7 @@ from torch import nn
 
 from minippo.batching import batch_plan, check_context
 from minippo.config import PPOConfig
+from minippo.distributed import sum_metrics, world
 from minippo.kl import KL_ESTIMATORS, adapt_kl_coef
 from minippo.logprobs import gather_logprobs
 from minippo.losses import policy_loss, ppo_objective, value_loss
@@ -34,16 +35,16 @@ def ppo_loss(policy, ref_policy, value_model, batch, config: PPOConfig):
 
 def ppo_update(policy, ref_policy, value_model, optimizer, rollout, config: PPOConfig, generator):
     """`ppo_epochs` passes over a rollout; returns the statistics' means over optimizer steps."""
-    sums, count = {}, 0
+    sums, norms, count = {}, {}, 0
     for _ in range(config.ppo_epochs):
         for minibatch in rollout.minibatches(config.minibatch_size, generator):
             for batch, share in minibatch.micro_batches(config.micro_batch_size):
                 loss, stats = ppo_loss(policy, ref_policy, value_model, batch, config)
                 (loss * share).backward()  # shares of the tokens: adds up to the minibatch's mean
                 _add(sums, stats, share)
-            _add(sums, optimizer_step(optimizer, config.max_grad_norm), 1)
+            _add(norms, optimizer_step(optimizer, config.max_grad_norm), 1)
             count += 1
-    return {name: total / count for name, total in sums.items()}
+    return {name: total / count for name, total in (sum_metrics(sums) | norms).items()}
 
 
 def train_ppo(
@@ -89,6 +90,12 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
     """Refuses what cannot work before anything is done; turns dropout off in all four models."""
     if ref_policy is policy:
         raise ValueError("ref_policy is the policy itself: KL stays 0; pass frozen_copy(policy)")
+    if not all(prompts):
+        raise ValueError("a prompt has no token: nothing would predict its answer's first; drop it")
+    rows = min(len(prompts), config.batch_size) % config.minibatch_size or config.minibatch_size
+    if rows < world():
+        message = f"the last minibatch has {rows} rows, too few for {world()} processes"
+        raise ValueError(f"{message}; choose sizes that divide each other, or fewer processes")
     longest = max(map(len, prompts), default=0)
     for model in (policy, ref_policy, value_model, score_fn):
         check_context(model, longest, config.max_response_tokens)

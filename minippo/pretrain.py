@@ -6,6 +6,7 @@ from torch import Tensor
 from minippo.batching import beginning, pieces, right_pad
 from minippo.config import PretrainConfig
 from minippo.devices import to_device
+from minippo.distributed import own_rows
 from minippo.losses import lm_loss
 from minippo.models import token_logits
 from minippo.optim import training_loop
@@ -41,8 +42,10 @@ def train_lm(
     device, lengths = next(model.parameters()).device, [len(s) for s in sequences]
 
     def gradients(indices):
-        tokens, mask = right_pad([sequences[i] for i in indices], pad_id)
-        loss = text_loss(model, *to_device((tokens, mask), device))
+        own = indices[own_rows(len(indices))]
+        tokens, mask = right_pad([sequences[i] for i in own], pad_id)
+        share = sum(lengths[i] - 1 for i in own) / sum(lengths[i] - 1 for i in indices)
+        loss = text_loss(model, *to_device((tokens, mask), device)) * share
         loss.backward()
         return {"loss/lm": loss}
 

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from minippo.config import EvalConfig
+from minippo.distributed import on_main
 from minippo.files import write_file
 from minippo.plots import figure_to_png_base64, learning_curves, score_histogram, stage_curves
 from minippo.xray import TokenTable
@@ -163,6 +164,7 @@ details > summary { cursor: pointer; color: var(--mark); margin: 8px 0; }
 """
 
 
+@on_main
 def write_report(run_dir) -> Path:
     """Writes report.html into a run's folder from what is there; returns its path.
 

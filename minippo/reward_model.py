@@ -6,6 +6,7 @@ from torch import Tensor
 from minippo.batching import Encoded, left_pad, right_pad
 from minippo.config import RewardConfig
 from minippo.devices import to_device
+from minippo.distributed import gather_dict, in_lockstep, own_rows, world
 from minippo.losses import preference_loss, ranking_loss
 from minippo.models import RewardModel
 from minippo.optim import training_loop
@@ -50,14 +51,15 @@ def train_reward_model(
 
     def gradients(indices):
         sums = {"loss/reward": 0.0, "reward/accuracy": 0.0}
-        sizes = [len(rows[i].responses) for i in indices]
-        for places in ranked_batches(sizes, config.micro_batch_size):
-            piece = [indices[place] for place in places]
+        own = indices[own_rows(len(indices))]
+        sizes = [len(rows[i].responses) for i in own]
+        for places, counts in in_lockstep(ranked_batches(sizes, config.micro_batch_size)):
+            piece = [own[place] for place in places]
             scores = score_responses(reward_model, [rows[i] for i in piece], pad_id)
             gaps = None
             if margins:
                 (gaps,) = to_device([torch.tensor([margins[i] for i in piece])], scores.device)
-            share = len(piece) / len(indices)
+            share = counts * len(piece) / len(indices)
             loss = reward_loss(scores, gaps) * share
             loss.backward()
             sums["loss/reward"] += loss.detach()
@@ -84,17 +86,19 @@ def score_all(
     batch_size: responses in the model at once
     on_batch: called with the number of rows done
     """
-    scores: list[list[float]] = [[] for _ in rows]
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    scores: dict[int, list[float]] = {}
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length)[own_rows(len(rows))]
     sizes = [len(rows[i].responses) for i in order]
-    for places in ranked_batches(sizes, max(1, batch_size // max(sizes, default=1))):
+    parts = ranked_batches(sizes, max(1, batch_size // max(sizes, default=1)))
+    for places, _ in in_lockstep(parts):
         piece = [order[place] for place in places]
         batch = score_responses(reward_model, [rows[i] for i in piece], pad_id)
         for row, values in zip(piece, batch.tolist(), strict=True):
             scores[row] = values
         if on_batch:
-            on_batch(len(piece))
-    return scores
+            on_batch(len(piece) * world())
+    scores = gather_dict(scores)
+    return [scores[row] for row in range(len(rows))]
 
 
 def standardise_on(reward_model: RewardModel, scores: list[list[float]]) -> None:

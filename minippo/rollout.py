@@ -10,6 +10,7 @@ from minippo.advantages import gae, simple_advantages
 from minippo.batching import left_pad, pieces
 from minippo.config import PPOConfig
 from minippo.devices import to_device
+from minippo.distributed import gather_rows, in_lockstep, own_rows
 from minippo.generation import generate
 from minippo.kl import KL_ESTIMATORS
 from minippo.logprobs import entropy_from_logits, gather_logprobs
@@ -42,15 +43,19 @@ class Samples:
         part = replace(self, **{f.name: getattr(self, f.name)[there] for f in fields(self)})
         return _of_lengths(self.lengths[indices], part)
 
-    def by_length(self, size: int) -> list[Tensor]:
-        """Indices of the rows in pieces of `size`, similar lengths together: least padding."""
-        return pieces(self.lengths[:, 0].argsort(stable=True), size)
+    def by_length(self, size: int) -> list[tuple[Tensor, bool]]:
+        """This process's rows in pieces of `size`, similar lengths together: least padding.
+
+        returns: (indices, counts), see `in_lockstep`
+        """
+        order = self.lengths[:, 0].argsort(stable=True)
+        return in_lockstep(pieces(order[own_rows(len(order))], size))
 
     def parts(self, size: int) -> tuple[list["Samples"], Tensor]:
-        """Pieces of `size` rows of similar length, and the indices (B,) that undo their order."""
-        places = self.by_length(size)
-        (back,) = to_device([torch.cat(places).argsort()], self.tokens.device)
-        return [self.rows(indices) for indices in places], back
+        """This process's rows in pieces of `size`, and the place of each of them in the whole."""
+        places = [indices for indices, _ in self.by_length(size)]
+        (rows,) = to_device([torch.cat(places)], self.tokens.device)
+        return [self.rows(indices) for indices in places], rows
 
     @cached_property
     def packed(self) -> Packed:
@@ -85,12 +90,12 @@ class Rollout(Samples):
         """Pieces of `size` rows of similar length, each with its share of the tokens.
 
         Token means weighted by these shares add up to the mean over the whole, whichever rows
-        stand together.
+        stand together, in whichever process.
         """
         total = int(self.lengths[:, 1].sum())
-        for indices in self.by_length(size):
+        for indices, counts in self.by_length(size):
             part = self.rows(indices)
-            yield part, int(part.lengths[:, 1].sum()) / total
+            yield part, counts * int(part.lengths[:, 1].sum()) / total
 
 
 @torch.no_grad()
@@ -112,12 +117,13 @@ def collect_rollout(
     samples = _sample(policy, prompts, tokenizer, config, seed, step, rows)
     mask = samples.mask
     # 2. The models' views, from the forward pass that training uses too: the first ratio is 1.
-    parts, back = samples.parts(config.micro_batch_size)
+    parts, own = samples.parts(config.micro_batch_size)
     views = [_model_views(policy, ref_policy, value_model, config, part) for part in parts]
-    views = [torch.cat(view)[back] for view in zip(*views, strict=True)]
+    views = [gather_rows(torch.cat(view), own, len(mask)) for view in zip(*views, strict=True)]
     _, _, values, kl, _ = views
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
-    raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])[back]
+    raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])
+    raw_scores = gather_rows(raw_scores, own, len(mask))
     scores, eos_id = standardize_scores(raw_scores, *score_stats), tokenizer.eos_token_id
     penalty = config.missing_eos_penalty
     scores = penalize_missing_eos(scores, mask, samples.response, eos_id, penalty)
@@ -143,7 +149,11 @@ def _sample(policy, prompts, tokenizer, config: PPOConfig, seed: int, step: int,
     device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
     query, query_mask = to_device(left_pad(prompts, tokenizer.pad_token_id), device)
     limits = (config.max_response_tokens, eos_id, tokenizer.pad_token_id)
-    response = generate(policy, query, query_mask, *limits, seed, step, rows, config.temperature)
+    own = own_rows(len(prompts))
+    rows = list(range(len(prompts)) if rows is None else rows)[own]
+    places, heat = (query[own], query_mask[own]), config.temperature
+    response = generate(policy, *places, *limits, seed, step, rows, heat)
+    response = gather_rows(response, own, len(prompts))
     mask = response_mask(response, eos_id)
     tokens, attention_mask = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1)
     return Samples(tokens, attention_mask, response, mask)

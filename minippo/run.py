@@ -27,6 +27,7 @@ from minippo.checkpoints import (
     write_checksums,
 )
 from minippo.config import RunConfig
+from minippo.distributed import anywhere, collect, on_main, whole, whole_weights, world
 from minippo.files import disk_message, lock, remove, sync, unlock, write_file
 from minippo.optim import Hooks, NonFiniteError
 
@@ -59,7 +60,7 @@ class Run(Hooks):
         self.discarded: tuple[str, ...] = ()  # what --overwrite replaces, gone once the run begins
         self.is_new = not self.folder.is_dir()
         if not self.is_new:
-            lock(self.folder)
+            on_main(lock)(self.folder)
         try:
             self._end_what_was_killed(overwrite)
             self._check(overwrite)
@@ -136,7 +137,9 @@ class Run(Hooks):
         """The first write of a run: what was refused before it has left no trace."""
         if self.begun:
             return
-        self._lock_new_folder()
+        if self.is_new:
+            self._lock_new_folder()
+        self.is_new = False
         gone, self.discarded = self.discarded, ()
         known = {k: v for k, v in self._known().items() if k not in gone}
         run = {k: v for k, v in asdict(self.config).items() if k not in ("resume", "out")}
@@ -149,10 +152,9 @@ class Run(Hooks):
         self._discard()
         self.begun = True
 
+    @on_main
     def _lock_new_folder(self) -> None:
         """What stood in the way of a new run was looked for before there was a lock."""
-        if not self.is_new:
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -161,7 +163,6 @@ class Run(Hooks):
         if self._known():
             message = f"another process has begun a run in {self.folder} meanwhile"
             raise ValueError(f"{message}; choose another --name")
-        self.is_new = False
 
     def _end_what_was_killed(self, overwrite: bool) -> None:
         """Nothing is decided here: it only ends a removal, or forgets what was never whole."""
@@ -170,6 +171,7 @@ class Run(Hooks):
         if self._known() and not overwrite:  # which must also do where a pointer is damaged
             self._sweep()
 
+    @on_main
     def _discard(self) -> None:
         """Removes what --overwrite replaces.
 
@@ -188,6 +190,7 @@ class Run(Hooks):
         self._keep_rows(lambda stage, step: stage not in gone)
         self._write("config.json", _dumps("config.json", known))
 
+    @on_main
     def _sweep(self) -> None:
         """Removes what a kill left behind: half-written files, checkpoints nothing points to."""
         for path in self.folder.glob(".*.partial"):
@@ -223,8 +226,8 @@ class Run(Hooks):
         if self.config.resume and latest is not None:
             first = self._restore(latest)
         else:
-            remove(self.folder / stage / POINTER)  # first: what it names must be whole
-            remove(self.folder / stage)
+            on_main(remove)(self.folder / stage / POINTER)  # first: what it names must be whole
+            on_main(remove)(self.folder / stage)
         self._keep_rows(lambda name, step: name != stage or step < first)
         self._check_rows(stage, first)
         self.bar = tqdm(total=total, initial=first, desc=f"{stage:10s}", unit="step", leave=True)
@@ -239,9 +242,10 @@ class Run(Hooks):
         self._append("times.jsonl", {"stage": stage, "step": step, "seconds": seconds})
         self.bar.set_postfix(_short(metrics), refresh=False)
         self.bar.update()
-        if self.stopping or (step + 1) % self.stages[stage].save_every == 0:
+        stopping = anywhere(self.stopping)
+        if stopping or (step + 1) % self.stages[stage].save_every == 0:
             self.save(stage, step + 1)
-        if self.stopping:
+        if stopping:
             self.close()
             raise Interrupted(f"saved after step {step} of {stage}; go on with --resume")
 
@@ -252,7 +256,7 @@ class Run(Hooks):
         """
         self.save(stage, self.bar.n, finished=True)
         self.close()
-        if self.stopping:
+        if anywhere(self.stopping):
             done = all(self.finished(name) for name in self.stages)
             then = "nothing is left to do" if done else "go on with --resume"
             raise Interrupted(f"{stage} is finished and saved; {then}")
@@ -272,14 +276,27 @@ class Run(Hooks):
         Raises NonFiniteError if a weight is NaN or infinite, ValueError if the disk is full.
         """
         self._check_finite(stage)
-        name, place = "final" if finished else f"step-{step:06d}", self.folder / stage
-        folder, target = place / f".{name}.partial", place / name
+        target = self.folder / stage / ("final" if finished else f"step-{step:06d}")
         if target == self.latest(stage):
             return target  # the same step has the same bytes, and the pointer's folder never goes
+        weights = {name: whole_weights(model) for name, model in self._models().items()}
+        tensors = None if finished else collect(training_tensors(self.state))
+        progress = self.state.get("progress", {})
+        marks = {"step": step, "finished": finished, "progress": progress}
+        self._write_checkpoint(target, weights, tensors, marks)
+        return target
+
+    @on_main
+    def _write_checkpoint(self, target: Path, weights: dict, tensors, marks: dict) -> None:
+        stage, folder = target.parent.name, target.with_name(f".{target.name}.partial")
         try:
             remove(folder)
             folder.mkdir(parents=True)
-            self._write_checkpoint(folder, step, finished)
+            self._write_models(folder, weights)
+            if tensors is not None:
+                save_file(tensors, folder / "training.safetensors")
+            (folder / "state.json").write_bytes(_dumps("state.json", marks))
+            write_checksums(folder)
             sync(folder)
             remove(target)
             folder.rename(target)
@@ -287,20 +304,10 @@ class Run(Hooks):
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise ValueError(disk_message(target, error)) from error
-        self._write(f"{stage}/{POINTER}", name.encode())
-        for old in place.glob("step-*"):
+        self._write(f"{stage}/{POINTER}", target.name.encode())
+        for old in target.parent.glob("step-*"):
             if old != target:
                 remove(old)
-        return target
-
-    def _write_checkpoint(self, folder: Path, step: int, finished: bool) -> None:
-        self._write_models(folder)
-        if not finished:
-            save_file(training_tensors(self.state), folder / "training.safetensors")
-        progress = self.state.get("progress", {})
-        marks = {"step": step, "finished": finished, "progress": progress}
-        (folder / "state.json").write_bytes(_dumps("state.json", marks))
-        write_checksums(folder)
 
     def _sync_names(self, stage: str) -> None:
         """So that a checkpoint on the disk has its name there, and the metrics it stands on."""
@@ -311,7 +318,7 @@ class Run(Hooks):
     def _check_finite(self, stage: str) -> None:
         """Trainings look at their weights after each step; this is where none can pass by."""
         for name, model in self._models().items():
-            if not all(p.isfinite().all() for p in model.parameters()):
+            if not all(whole(p.isfinite().all()) for p in model.parameters()):
                 message = f"{stage}: weights of the {name} model are NaN or infinite, so they were "
                 message += "not saved; lower the learning rate and start the stage again"
                 raise NonFiniteError(f"{message} with --overwrite")
@@ -319,10 +326,10 @@ class Run(Hooks):
     def _models(self) -> dict[str, nn.Module]:
         return {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
 
-    def _write_models(self, folder: Path) -> None:
+    def _write_models(self, folder: Path, weights: dict) -> None:
         for position, (name, model) in enumerate(self._models().items()):
             place = folder if position == 0 else folder / name  # the stage's own model comes first
-            save_model(model, None if position else self.tokenizer, place)
+            save_model(model, None if position else self.tokenizer, place, weights[name])
 
     def _restore(self, folder: Path) -> int:
         try:
@@ -371,6 +378,7 @@ class Run(Hooks):
         """Lets other processes into the folder; this one is done with it."""
         unlock(self.folder)
 
+    @on_main
     def _keep_rows(self, kept) -> None:
         """Drops the rows of a step for which not kept(stage, step), and a torn last line."""
         for name in STEP_FILES:
@@ -401,6 +409,7 @@ class Run(Hooks):
             message = f"{path} does not hold the first {first} steps of {stage} in order"
             raise ValueError(f"{message}; put it back, or start the stage again with --overwrite")
 
+    @on_main
     def _append(self, name: str, row: dict) -> None:
         path, line = self.folder / name, _dumps(name, row, indent=None)
         try:
@@ -409,6 +418,7 @@ class Run(Hooks):
         except OSError as error:
             raise ValueError(disk_message(path, error)) from error
 
+    @on_main
     def _write(self, name: str, data: bytes) -> None:
         write_file(self.folder / name, data)
 
@@ -426,10 +436,11 @@ class Run(Hooks):
 
     def _catch_ctrl_c(self) -> None:
         def stop(signum, frame):
-            if self.stopping:
+            if self.stopping and world() == 1:  # torchrun passes on what the terminal sent us too
                 raise KeyboardInterrupt
             self.stopping = True
-            tqdm.write("stopping as soon as all is saved; press Ctrl-C again to stop at once")
+            again = "; press Ctrl-C again to stop at once" if world() == 1 else ""
+            tqdm.write(f"stopping as soon as all is saved{again}")
 
         before = signal.signal(signal.SIGINT, stop)  # None: of no Python function
         self.handler = signal.default_int_handler if before is None else before
@@ -454,9 +465,13 @@ def final_checkpoint(folder: Path, stage: str) -> Path:
     raise ValueError(f"{folder} has no finished stage {stage!r}; {remedy}")
 
 
-def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
-    """What `transformers` loads again. Raises OSError or SafetensorError if the disk is full."""
-    (model.save if hasattr(model, "save") else model.save_pretrained)(folder)
+def save_model(model: nn.Module, tokenizer, folder: Path, weights: dict | None = None) -> None:
+    """What `transformers` loads again. Raises OSError or SafetensorError if the disk is full.
+
+    weights: the model's, if they are not in it: see `whole_weights`
+    """
+    save = model.save if hasattr(model, "save") else model.save_pretrained
+    save(folder, **({} if weights is None else {"state_dict": weights}))
     if tokenizer is None:
         return
     try:

@@ -5,6 +5,7 @@ import torch
 from minippo.batching import Encoded, left_pad, pieces, right_pad
 from minippo.config import SFTConfig
 from minippo.devices import to_device
+from minippo.distributed import in_lockstep, own_rows
 from minippo.logprobs import gather_logprobs
 from minippo.models import counted_logits, pack
 from minippo.optim import training_loop
@@ -47,11 +48,15 @@ def train_sft(policy, rows: list[Encoded], config: SFTConfig, pad_id: int, seed=
 
 
 def accumulate_sft(policy, batch: list[Encoded], micro_batch_size: int, pad_id: int):
-    """Gradients of the token mean over the whole batch, in micro-batches; returns the loss ()."""
+    """Gradients of the token mean over the whole batch, in micro-batches; returns the loss ().
+
+    Of several processes each leaves its share: they add up to the mean.
+    """
     total, loss = sum(len(row.responses[0]) for row in batch), 0.0
-    for piece in pieces(sorted(batch, key=lambda row: row.length), micro_batch_size):
+    own = sorted(batch, key=lambda row: row.length)[own_rows(len(batch))]
+    for piece, counts in in_lockstep(pieces(own, micro_batch_size)):
         tensors = join([r.prompt for r in piece], [r.responses[0] for r in piece], pad_id)
-        share = sum(len(r.responses[0]) for r in piece) / total
+        share = counts * sum(len(r.responses[0]) for r in piece) / total
         part = sft_loss(policy, *tensors) * share
         part.backward()
         loss = loss + part.detach()

@@ -26,6 +26,7 @@ from minippo.config import (
     ValueConfig,
 )
 from minippo.devices import device_of, precision, prepared, stored_as
+from minippo.distributed import alone, on_main
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -110,13 +111,13 @@ def start_of_sft(run: Run) -> str:
 
 
 def load_start(run: Run, stage: str, load=load_policy):
-    """A model of an earlier stage on the run's device; the run gets its tokenizer."""
+    """A model of an earlier stage; the run gets its tokenizer."""
     path = start_of_sft(run) if stage == "base" else start_of(run, stage)
     tokenizer = load_tokenizer(path)
     if run.tokenizer is not None:
         check_same_vocabulary(run.tokenizer, tokenizer, path)
     run.tokenizer = tokenizer
-    return load(path).to(device_of(run.config))
+    return load(path)
 
 
 def frozen(run: Run, model):
@@ -250,11 +251,12 @@ def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
     policy = load_start(run, "sft")
     check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
     pad_id, seed, margins = run.tokenizer.pad_token_id, run.config.seed, None
+    reward_model = prepared(RewardModel.from_policy(policy, seed, pad_id), run.config)
+    policy = prepared(policy, run.config)
     if ranks_candidates:
         rows, held_out = candidate_rows(run, source, policy, config)
     else:
         rows, held_out, margins = given_rows(run, source, config)
-    reward_model = prepared(RewardModel.from_policy(policy, seed, pad_id), run.config)
     train_reward_model(reward_model, rows, config, pad_id, margins, seed, run)
     scores = reference = score(reward_model, held_out, pad_id)
     if not ranks_candidates:  # given answers are nobody's samples, so the reference answers itself
@@ -279,6 +281,7 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     check_context(policy, ppo.max_prompt_tokens, ppo.max_response_tokens)
     reward_model = load_start(run, "reward", RewardModel.load)
     value_model = prepared(ValueModel.from_reward_model(reward_model), run.config)
+    policy, reward_model = prepared(policy, run.config), prepared(reward_model, run.config)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     rows = source.prompts("ppo", config.prompts + config.held_out)
     prompts = [e.prompt for e in encode(run, "value", rows, (ppo.max_prompt_tokens, 1))]
@@ -324,9 +327,10 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     if run.finished("sft") and not run.finished("ppo"):
         message = f"{run.folder} has an SFT model and no finished PPO: the shipped one is not its"
         raise ValueError(f"{message}; run `minippo ppo {run.config.options()}` first")
-    sft, ppo = load_start(run, "sft"), load_start(run, "ppo")
+    device = device_of(run.config)  # here models stay whole, also with --fsdp
+    sft, ppo = load_start(run, "sft").to(device), load_start(run, "ppo").to(device)
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
-    reward_model = frozen_copy(load_start(run, "reward", RewardModel.load))
+    reward_model = frozen_copy(load_start(run, "reward", RewardModel.load)).to(device)
     rows = source.prompts(config.prompts_of, config.prompts)
     kept = encode(run, "evaluate", rows, (config.max_prompt_tokens, 1))
     rows, prompts = [rows[e.row] for e in kept], [e.prompt for e in kept]
@@ -416,6 +420,7 @@ def sample_rows(run: Run, rows, answers: dict, judged: dict, rewards: dict) -> l
     return written
 
 
+@alone()  # two prompts are too few to share
 def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> list[dict]:
     """The per-token view of PPO's answers, before and after one more real update on them."""
     config = replace(run.settings("ppo", PPOConfig), max_response_tokens=limits.max_response_tokens)
@@ -423,6 +428,7 @@ def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> lis
     policy, seed = copy.deepcopy(ppo), run.config.seed
     trained = run.latest("ppo") / "value" if run.finished("ppo") else None  # PPO trained it on
     value_model = load_start(run, "value", lambda path: ValueModel.load(trained or path))
+    value_model = value_model.to(ppo.device)
     stats, models = score_stats(reward_model, config), (policy, sft, value_model)
     rollout = collect_rollout(
         *models, reward_model, prompts, run.tokenizer, config, score_stats=stats, seed=seed
@@ -462,7 +468,7 @@ def demo_stages(run: Run, source: Source) -> dict:
     if not run.finished("ppo"):
         ppo_stage(run, source, stages["ppo"])
     result = evaluate_stage(run, source, stages["eval"])
-    write_report(run.folder)
+    on_main(write_report)(run.folder)
     return result
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from minippo.batching import Encoded
 from minippo.config import ValueConfig
 from minippo.devices import to_device
+from minippo.distributed import own_rows
 from minippo.masking import masked_mean
 from minippo.models import ValueModel, counted_values, pack
 from minippo.optim import training_loop
@@ -44,10 +45,13 @@ def train_value_model(
     Raises ValueError if a row is longer than the model's context.
     """
     device = next(value_model.parameters()).device
+    counted = [len(row.responses[0]) for row in rows]
 
     def gradients(indices):
-        (wanted,) = to_device([torch.tensor([targets[i] for i in indices])], device)
-        loss = warmup_loss(value_model, [rows[i] for i in indices], wanted, pad_id)
+        own = indices[own_rows(len(indices))]
+        (wanted,) = to_device([torch.tensor([targets[i] for i in own])], device)
+        share = sum(counted[i] for i in own) / sum(counted[i] for i in indices)
+        loss = warmup_loss(value_model, [rows[i] for i in own], wanted, pad_id) * share
         loss.backward()
         return {"loss/value": loss}
 

@@ -329,6 +329,8 @@ def test_a_page_without_the_place_is_refused(tmp_path, text):
 def test_the_page_has_each_place_once(name):
     text = tables.PAGE.read_text(encoding="utf-8")
     assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+    block = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    assert "| --- |" in block or block.strip() == "Not measured yet."
 
 
 @pytest.mark.parametrize("command", [benchmark, equal_time])

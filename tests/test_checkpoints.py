@@ -447,6 +447,7 @@ def test_a_training_goes_on_from_what_was_saved_of_it():
         (lambda t: t.update({"value/own": t["policy/bias"]}), "value/own belongs to no part"),
         (lambda t: t.update({"policy/weight": torch.ones(2, 1)}), r"shape \(2, 1\), not \(2, 4\)"),
         (lambda t: t.update({"optimizer/0/exp_avg": torch.ones(4)}), r"shape \(4,\), not \(2, 4\)"),
+        (lambda t: t.pop("optimizer/0/exp_avg"), "optimizer has not the same moments of every"),
         (lambda t: t.update({"optimizer/9/step": torch.ones(())}), "optimizer/9/step belongs to"),
     ],
 )

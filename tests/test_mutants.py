@@ -106,7 +106,7 @@ def test_a_default_can_be_the_change():
 
 def test_decorated_functions_methods_and_class_methods_can_be_changed():
     for module, name, old in [
-        ("rollout", "collect_rollout", "parts, back ="),
+        ("rollout", "collect_rollout", "parts, own ="),
         ("rollout", "Samples.rows", "[there]"),
         ("models", "_ScalarHead.from_policy", "** 0.5"),
         ("models", "RewardModel.load", "super().load"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minippo import ppo
 from minippo.config import PPOConfig
 from minippo.models import RewardModel, ValueModel, frozen_copy, response_logits, tiny_gpt2
 from minippo.optim import Hooks, NonFiniteError, adamw
@@ -564,6 +565,21 @@ def test_a_resumed_training_goes_on_exactly_where_it_stopped():
     history = train(config, hooks=whole)
     rest = train(config, hooks=Recorder(2, whole.states[1]))
     assert rest == history[2:]
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        train(prompts=[*PROMPTS[:-1], []])
+
+
+def test_a_last_minibatch_too_small_for_the_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(ppo, "world", lambda: 3)
+    config = dataclasses.replace(CONFIG, minibatch_size=4, micro_batch_size=4)
+    with pytest.raises(ValueError, match="the last minibatch has 2 rows, too few for 3 processes"):
+        train(config, prompts=PROMPTS[:6])
 
 
 # --- what breaks --------------------------------------------------------------------------------

@@ -549,7 +549,12 @@ def test_resume_without_a_run_is_refused(story, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("option", "value", "key"),
-    [("--lr", "0.5", "lr"), ("--seed", "7", "seed"), ("--limit", "60", "limit")],
+    [
+        ("--lr", "0.5", "lr"),
+        ("--seed", "7", "seed"),
+        ("--limit", "60", "limit"),
+        ("--autocast", "bf16", "autocast"),
+    ],
 )
 def test_resume_with_changed_settings_is_refused(
     story, tmp_path, monkeypatch, capfd, option, value, key

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def forked(action, log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -68,7 +68,7 @@ def rows_as_they_come(world) -> Iterator[None]:
     """Micro-batches of rows of any length."""
 
     def by_length(self, size):
-        return pieces(torch.arange(len(self.tokens)), size)
+        return [(rows, True) for rows in pieces(torch.arange(len(self.tokens)), size)]
 
     with mock.patch.object(rollout.Samples, "by_length", by_length):
         yield
@@ -175,7 +175,7 @@ def benchmark(
 ) -> None:
     """Seconds of one PPO step without each change, beside the step with all of them.
 
-    Steps with and without a change take turns. `gpt2` needs 12 GB; all takes about 10 minutes on
+    Steps with and without a change take turns. `gpt2` needs 13 GB; all takes about 15 minutes on
     two quiet cores.
     """
     if min(repeats, threads) < 1:

@@ -57,10 +57,10 @@ def ppo_steps(turns: Turns, workload: str, count: int) -> None:
     for _ in range(count):
         turns.begin()
         rollout, _ = trainer.step()
-        turns.end(lengths=row_lengths(rollout.attention_mask, rollout.mask.shape[1]))
+        turns.end(lengths=query_and_response(rollout.attention_mask, rollout.mask.shape[1]))
 
 
-def row_lengths(attention_mask: torch.Tensor, response_length: int) -> list[tuple[int, int]]:
+def query_and_response(attention_mask: torch.Tensor, response_length: int) -> list[tuple[int, int]]:
     """(query, response) tokens of each row of a mask (B, T)."""
     query = attention_mask[:, :-response_length].sum(1).tolist()
     response = attention_mask[:, -response_length:].sum(1).tolist()
