@@ -203,7 +203,8 @@ with torch.no_grad():
 scores = standardize_scores(scores, reward_model.mean, reward_model.std).view(-1, K)
 values = prompt_values(scores)
 for row, line, value in zip(rows[:3], scores, values):
-    print(f"{row['instruction'][:48]:48s} V {value:+.2f} from", line)
+    scored_as = " ".join(f"{x:+.2f}" for x in line.tolist())
+    print(f"V {value:+.2f} from {scored_as}: {row['instruction']}")
 
 # %% [markdown]
 # The mean of four is itself a guess. How much of what these means differ by is only the luck of
@@ -276,14 +277,15 @@ def explained_along(model, shares):
 
 
 shares = [0.0, 0.25, 0.5, 0.75, 1.0]
-along = {"warm-up": explained_along(warm, shares), "own scores": explained_along(critic, shares)}
+along = {"prompt means": explained_along(warm, shares)}
+along["own scores"] = explained_along(critic, shares)
 for name, line in along.items():
-    print(f"{name:11s}", " ".join(f"{x:+.2f}" for x in line))
+    print(f"{name:12s}", " ".join(f"{x:+.2f}" for x in line))
 
 # %% tags=["nbval-ignore-output"]
 figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
 for (name, line), marker in zip(along.items(), "os"):
-    axis.plot(shares, line, marker=marker, label=f"critic trained on {name}")
+    axis.plot(shares, line, marker=marker, label=f"trained on {name}")
 axis.axhline(0, color="black", lw=0.8)
 axis.set(xlabel="share of the answer that the critic has read")
 axis.set(ylabel="explained variance of its score", title="192 held-out answers")
@@ -292,7 +294,7 @@ plt.show()
 
 # %%
 assert along["own scores"][0] < 0.2 < along["own scores"][2]
-assert along["own scores"][2] > along["warm-up"][2] + 0.1
+assert along["own scores"][2] > along["prompt means"][2] + 0.1
 print("at the prompt both know little; a quarter into the answer one of them knows more: True")
 
 # %% [markdown]
@@ -600,7 +602,7 @@ print(f"KL(ref, best) was {start:.2f} nats; both come close, and no difference i
 from minippo.batching import decode_response
 from minippo.rollout import collect_rollout
 
-new_rows = prompt_rows("validation", 24)
+new_rows = [row for row in prompt_rows("validation", 60) if not row["history"]][:24]
 new_prompts = [encode_prompt(tokenizer, r["instruction"], r["history"]) for r in new_rows]
 config = PPOConfig(whiten_advantages=False)
 stats = reward_model.mean, reward_model.std
@@ -617,9 +619,9 @@ length = int(one.mask.sum())
 lambdas = [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
 picture = torch.cat([gae(one.rewards, one.values, one.mask, lam=lam)[0] for lam in lambdas])
 picture = picture[:, :length]
-print("V before each token:", one.values[0, :length])
-print("lambda 0:           ", picture[0])
-print("lambda 1:           ", picture[-1])
+for name, line in (("V", one.values[0, :length]), ("lambda 0", picture[0])):
+    print(f"{name:9s}", " ".join(f"{x:+.2f}" for x in line.tolist()))
+print("lambda 1 ", " ".join(f"{x:+.2f}" for x in picture[-1].tolist()))
 assert torch.allclose(picture[-1], one.scores - one.values[0, :length], atol=1e-5)
 assert torch.allclose(picture[0, :-1], one.values[0, :length].diff(), atol=1e-5)
 
@@ -632,7 +634,8 @@ axes[0].legend(frameon=False)
 limit = float(picture.abs().max())
 shown = axes[1].imshow(picture, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
 axes[1].set_yticks(range(len(lambdas)), lambdas)
-words = [tokenizer.decode([token]).strip() for token in one.response[0, :length].tolist()]
+words = [tokenizer.decode([t]).strip() for t in one.response[0, :length].tolist()]
+words = [word.replace("<|endoftext|>", "EOS") for word in words]
 axes[1].set_xticks(range(length), words, rotation=60, ha="right")
 axes[1].set(ylabel="lambda", title="advantages of the worst answer")
 figure.colorbar(shown, ax=axes[1], label="advantage")
@@ -650,13 +653,21 @@ plt.show()
 # stands over its advantage, purple for better than expected and orange for worse; below it all that
 # the rollout knows of it.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from minippo.xray import xray
 
 xray(rollout, good, tokenizer)
 
-# %%
+# %% tags=["nbval-ignore-output"]
 xray(rollout, bad, tokenizer)
+
+# %%
+for name, row in (("best", good), ("worst", bad)):
+    table_of_tokens = xray(rollout, row, tokenizer)
+    shown = [x for x in table_of_tokens.column("advantage") if x is not None]
+    above = sum(x > 0 for x in shown)
+    print(f"{name} answer: {above} of {len(shown)} tokens have an advantage above 0")
+    assert (above > len(shown) / 2) == (name == "best")
 
 # %% [markdown]
 # ## Exercise 4: `masked_whiten`
