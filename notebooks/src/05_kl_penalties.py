@@ -702,7 +702,7 @@ assert torch.isclose(mean, explained)
 # is 0, or should be. Three ways to get another number:
 #
 # 1. **Position ids.** The policy's log-probabilities come from a forward pass that forgot them, so
-#    left padding moved every token to a place where the model never saw it.
+#    left padding moved every token away from the place where the model learned to read it.
 # 2. **Temperature.** Answers are sampled at 0.5 and the reference divides its logits by 0.5 as
 #    well, the policy's forward pass does not.
 # 3. **Top-k.** Only the 5 likeliest tokens may be sampled, but the log-probabilities are those of
@@ -793,12 +793,13 @@ negative = {
     "top-k": measure("flatter, top-k 5", Sampler(sft, 1.3, 5), flat, sft),
 }
 assert abs(negative["nothing wrong"]) < 1e-3 and negative["flat"] > 0.2
-assert max(negative[name] for name in ("positions", "temperature", "top-k")) < -0.15
+assert max(negative[name] for name in ("positions", "temperature", "top-k")) < -0.1
+assert min(negative.values()) > -1.5
 
 # %% [markdown]
 # The first column is what a log would show, the last what the identity predicts, summed exactly
 # over the vocabulary at the sampled states. They agree but for the noise of few answers. Nothing
-# crashed, and each of these errors changed only a few tenths of a nat.
+# crashed, and each of these errors made a difference of less than one nat per answer.
 #
 # Why is it worse than a wrong number in a log? It is in the reward. A negative KL *pays* the
 # policy, and what it is paid for is the mismatch. **Rule:** before the first update policy and

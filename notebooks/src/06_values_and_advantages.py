@@ -221,8 +221,8 @@ assert 0.3 < luck / values.var() < 0.9
 #
 # ## Critic warm-up
 #
-# The notes train the critic before PPO on these means: the same network as the reward model with a
-# fresh head, told to predict $V(x)$. `train_value_model` does that. **Explained variance** is one
+# Before PPO begins, the critic can be trained on these means, its **warm-up**: the network of the
+# reward model with a fresh head is told to predict $V(x)$. `train_value_model` does that. **Explained variance** is one
 # minus the squared error over the variance of the target, here on prompts that were held out: 1 is
 # perfect, 0 is as good as always saying the mean.
 
@@ -306,8 +306,8 @@ print("at the prompt both know little; a quarter into the answer one of them kno
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t$$
 #
-# After the last token nothing is still to come: $V$ is 0 there. **By hand**, with $\gamma = 1$ and
-# the two answers of notebook 00 with simpler numbers; the last position of the second is padding:
+# After the last token nothing is still to come: $V$ is 0 there. **By hand**, with $\gamma = 1$, for
+# two answers; the last position of the second is padding:
 #
 # ```text
 #                 answer 1              answer 2
