@@ -222,9 +222,9 @@ assert 0.3 < luck / values.var() < 0.9
 # ## Critic warm-up
 #
 # Before PPO begins, the critic can be trained on these means, its **warm-up**: the network of the
-# reward model with a fresh head is told to predict $V(x)$. `train_value_model` does that. **Explained variance** is one
-# minus the squared error over the variance of the target, here on prompts that were held out: 1 is
-# perfect, 0 is as good as always saying the mean.
+# reward model with a fresh head is told to predict $V(x)$. `train_value_model` does that.
+# **Explained variance** is one minus the squared error over the variance of the target, here on
+# prompts that were held out: 1 is perfect, 0 is as good as always saying the mean.
 
 # %%
 from minippo.config import ValueConfig
