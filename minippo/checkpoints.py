@@ -8,6 +8,8 @@ weights take. docs/checkpoints.md has the layout and the list of what is refused
 import hashlib
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minippo.distributed import split_like
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network
+if "transformers" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it has read the environment already
 
 CHECKSUMS, WEIGHTS = "checksums.json", "model.safetensors"
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 100_000_000, 32  # the largest tokenizers have about 35 MB

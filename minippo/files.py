@@ -61,19 +61,24 @@ def lock(folder: Path) -> None:
     if sys.platform == "win32" or _is_file(_HELD.get(path.absolute()), path):
         return
     try:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
+    except OSError as error:
+        raise ValueError(disk_message(path, error)) from error
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_file(file, path):  # its holder has removed it between our two calls
+            file.close()
             return lock(folder)
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        file.write(str(os.getpid()).encode())
     except BlockingIOError as error:
         file.seek(0)
-        holder = file.read() or "of an unknown number"
+        holder = file.read().decode() or "of an unknown number"
+        file.close()
         message = f"{folder} is in use by process {holder}; wait until it ends"
         raise ValueError(f"{message}, or choose another --name") from error
     except OSError as error:
+        file.close()  # an open file would keep the lock for as long as the error is held
         raise ValueError(disk_message(path, error)) from error
     _HELD[path.absolute()] = file
 

@@ -34,8 +34,6 @@ from minippo.devices import (
 from minippo.distributed import is_sharded
 from minippo.logprobs import response_window
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network
 # Whatever is loaded: no code of a checkpoint's own.
 SAFE = {"trust_remote_code": False}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -10,9 +10,7 @@ def _last_counted(mask: Tensor) -> Tensor:
     return mask & (counted_from_here_on == 1)
 
 
-def per_token_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor
-) -> Tensor:
+def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:
     """KL penalty at every token, the score added at the last token that counts.
 
     r_t = −β kl_t + 1[t is the last token that counts] · score

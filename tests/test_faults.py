@@ -390,3 +390,13 @@ def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path):
     assert not os.path.samestat(held_file, (tmp_path / ".lock").stat())
     files.unlock(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_could_not_be_written_is_not_held(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        Fault(2, patch, disk_full)  # the file is opened; its writing fails
+        with pytest.raises(ValueError, match="cannot write") as kept:
+            files.lock(tmp_path)
+    files.lock(tmp_path)  # though the error, and with it every local name, is still there
+    assert (tmp_path / ".lock").read_text() == str(os.getpid()), kept
+    files.unlock(tmp_path)

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = """
 import json, sys, time
@@ -25,6 +27,12 @@ try:
 except SystemExit:
     print(sorted({"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)))
 """
+
+
+ORDERS = (
+    "from transformers import GPT2Config; from minippo import models",
+    "from minippo import models",
+)
 
 
 def answer(code: str) -> str:
@@ -49,3 +57,12 @@ def test_help_is_there_within_three_seconds_and_needs_no_torch():
         assert answer(HELP) == "[]"
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 3
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_loading_shows_no_bar_whichever_was_imported_first(imports):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_")}
+    command = [sys.executable, "-c", f"{imports}; models.load_policy('sft')"]
+    environment["PYTHONPATH"] = str(ROOT)
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == ("", "")

@@ -153,14 +153,15 @@ check_kl_k3 = Check(
         Mistake(
             "1 was subtracted from an exponential that is nearly 1, and the digits cancel: there "
             "is a function for exp(x) - 1",
-            lambda logprobs, ref_logprobs: (ref_logprobs - logprobs).exp()
-            - 1
-            - (ref_logprobs - logprobs),
+            lambda logprobs, ref_logprobs: (
+                (ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs)
+            ),
         ),
         Mistake(
             "the log-ratio was added and not subtracted",
-            lambda logprobs, ref_logprobs: torch.expm1(ref_logprobs - logprobs)
-            + (ref_logprobs - logprobs),
+            lambda logprobs, ref_logprobs: (
+                torch.expm1(ref_logprobs - logprobs) + (ref_logprobs - logprobs)
+            ),
         ),
         Mistake(
             "the log-ratio is not subtracted at all",
@@ -168,8 +169,9 @@ check_kl_k3 = Check(
         ),
         Mistake(
             "the 1 is not subtracted: the estimate has to be 0 where the policies agree",
-            lambda logprobs, ref_logprobs: (ref_logprobs - logprobs).exp()
-            - (ref_logprobs - logprobs),
+            lambda logprobs, ref_logprobs: (
+                (ref_logprobs - logprobs).exp() - (ref_logprobs - logprobs)
+            ),
         ),
         Mistake(
             "the ratio was put in where its logarithm belongs, and exponentiated once more",

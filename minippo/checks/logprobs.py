@@ -124,9 +124,7 @@ check_gather_logprobs = Check(
         ),
         Mistake(
             "the likeliest token was looked up and not the given one",
-            lambda logits, tokens, temperature=1.0: (logits / temperature)
-            .log_softmax(-1)
-            .amax(-1),
+            lambda logits, tokens, temperature=1.0: (logits / temperature).log_softmax(-1).amax(-1),
         ),
         Mistake(
             "the softmax runs over the positions and not over the vocabulary, the last axis",
@@ -136,8 +134,8 @@ check_gather_logprobs = Check(
         ),
         Mistake(
             "the sign is turned: this is the negative log-likelihood",
-            lambda logits, tokens, temperature=1.0: -_gathered(
-                (logits / temperature).log_softmax(-1), tokens
+            lambda logits, tokens, temperature=1.0: (
+                -_gathered((logits / temperature).log_softmax(-1), tokens)
             ),
         ),
     ),

@@ -208,9 +208,9 @@ check_preference_loss = Check(
     mistakes=(
         Mistake(
             "the gap is the wrong way round: the chosen answer has to score higher",
-            lambda chosen, rejected, margin=None: -functional.logsigmoid(
-                rejected - chosen - (0 if margin is None else margin)
-            ).mean(),
+            lambda chosen, rejected, margin=None: (
+                -functional.logsigmoid(rejected - chosen - (0 if margin is None else margin)).mean()
+            ),
         ),
         Mistake(
             "the minus is missing: the likelihood of the right order is to be made large",
@@ -496,9 +496,7 @@ check_policy_loss = Check(
             "the ratio was made of two logarithms by dividing them",
             _policy(ratio_of=lambda new, old: new / old),
         ),
-        Mistake(
-            "the loss was averaged over padding too", _policy(reduce=lambda x, mask: x.mean())
-        ),
+        Mistake("the loss was averaged over padding too", _policy(reduce=lambda x, mask: x.mean())),
         Mistake(ROWS_FIRST, _policy(reduce=_mean_of_rows)),
         Mistake(
             "the loss is a sum over tokens and not a mean", _policy(reduce=lambda x, mask: x.sum())
@@ -525,9 +523,7 @@ check_policy_loss = Check(
         ),
         Mistake(
             "clip_frac counts every ratio outside the range, also where the clip changes nothing",
-            _policy(
-                clip_frac=lambda p: _mean(((p["ratio"] - 1).abs() > 0.2).float(), p["mask"])
-            ),
+            _policy(clip_frac=lambda p: _mean(((p["ratio"] - 1).abs() > 0.2).float(), p["mask"])),
         ),
         Mistake(
             "ratio was averaged over padding too, where it is 1",
@@ -661,13 +657,9 @@ check_value_loss = Check(
         Mistake(FILLED_LATE, _value(fill=_unfilled)),
         Mistake(
             "error is that of the clipped values: it is the plain squared error",
-            _value(
-                error=lambda p: _mean(torch.maximum(p["error"], p["clipped_error"]), p["mask"])
-            ),
+            _value(error=lambda p: _mean(torch.maximum(p["error"], p["clipped_error"]), p["mask"])),
         ),
-        Mistake(
-            "error was averaged over padding too", _value(error=lambda p: p["error"].mean())
-        ),
+        Mistake("error was averaged over padding too", _value(error=lambda p: p["error"].mean())),
         Mistake(
             "clip_frac was averaged over padding too",
             _value(clip_frac=lambda p: p["is_clipped"].mean()),

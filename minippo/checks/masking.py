@@ -52,9 +52,9 @@ check_masked_mean = Check(
         Mistake(
             "each row was averaged first, then the rows: a short row must not weigh as much as a "
             "long one",
-            lambda x, mask, dim=None: _mean(x, mask, 1).mean()
-            if dim is None
-            else _mean(x, mask, dim),
+            lambda x, mask, dim=None: (
+                _mean(x, mask, 1).mean() if dim is None else _mean(x, mask, dim)
+            ),
         ),
         Mistake(
             "dim is ignored and everything is averaged",
@@ -171,8 +171,9 @@ check_masked_whiten = Check(
         ),
         Mistake(
             "x is scaled but not shifted: the mean has to be taken off",
-            lambda x, mask, unbiased=True: _filled(x, mask)
-            / (masked_var(x, mask, unbiased) + 1e-8).sqrt(),
+            lambda x, mask, unbiased=True: (
+                _filled(x, mask) / (masked_var(x, mask, unbiased) + 1e-8).sqrt()
+            ),
         ),
     ),
 )
@@ -228,8 +229,10 @@ check_response_mask = Check(
         ),
         Mistake(
             "a row without EOS counts nowhere: it was cut at the limit, and all of it counts",
-            lambda response, eos_id: (_before_the_end(response, eos_id)[1] == 0)
-            & (response == eos_id).any(dim=1, keepdim=True),
+            lambda response, eos_id: (
+                (_before_the_end(response, eos_id)[1] == 0)
+                & (response == eos_id).any(dim=1, keepdim=True)
+            ),
         ),
     ),
 )

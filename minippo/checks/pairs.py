@@ -121,9 +121,7 @@ check_parse_pair = Check(
         Case(  # a tag begins after a blank line; this is text
             _row(f"{START} say\nHuman: ok", f"{START} no"), _pair("hi", "say\nHuman: ok", "no")
         ),
-        Case(
-            _row(f"{LONGER} so", f"{LONGER} no"), _pair("why?", "so", "no", [("hi", "hello")])
-        ),
+        Case(_row(f"{LONGER} so", f"{LONGER} no"), _pair("why?", "so", "no", [("hi", "hello")])),
         _refused("identical_answers", f"{START} yes", f"{START} yes"),
         _refused("empty_answer", f"{START} yes", START),
         _refused("diverging_history", f"{START} yes", "\n\nHuman: ho\n\nAssistant: no"),
@@ -151,9 +149,7 @@ check_parse_pair = Check(
             "two equal answers are accepted: there is nothing to prefer",
             lambda row: _checked(row, identical=False),
         ),
-        Mistake(
-            "chosen and rejected have changed places", lambda row: _checked(row, swap=True)
-        ),
+        Mistake("chosen and rejected have changed places", lambda row: _checked(row, swap=True)),
         Mistake("the earlier turns are lost", lambda row: _checked(row, history=False)),
         Mistake(
             "the instruction is the whole dialogue so far: it is the last human turn alone",

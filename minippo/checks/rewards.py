@@ -116,13 +116,16 @@ check_per_token_rewards = Check(
         ),
         Mistake(
             "the penalty stands at masked positions too",
-            lambda scores, kl, mask, kl_coef: torch.where(_last(mask), scores.unsqueeze(1), 0)
-            - kl_coef * kl,
+            lambda scores, kl, mask, kl_coef: (
+                torch.where(_last(mask), scores.unsqueeze(1), 0) - kl_coef * kl
+            ),
         ),
         Mistake(
             "the KL was exponentiated: the penalty is the log-ratio, not the ratio",
-            lambda scores, kl, mask, kl_coef: torch.where(_last(mask), scores.unsqueeze(1), 0)
-            - kl_coef * kl.exp().masked_fill(~mask, 0),
+            lambda scores, kl, mask, kl_coef: (
+                torch.where(_last(mask), scores.unsqueeze(1), 0)
+                - kl_coef * kl.exp().masked_fill(~mask, 0)
+            ),
         ),
         Mistake(
             "the KL of the whole answer was charged at its last token: each token pays its own",

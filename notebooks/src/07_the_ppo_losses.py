@@ -155,7 +155,6 @@ from minippo.kl import kl_k3
 from minippo.masking import masked_mean
 
 
-# %%
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
     """logprobs, old_logprobs, advantages, mask: (B, R) -> loss (), stats {name: ()}."""
     ### BEGIN SOLUTION
@@ -182,7 +181,6 @@ print(f"loss {loss:.3f}", {name: round(value.item(), 3) for name, value in stats
 assert torch.isclose(loss, torch.tensor(-0.4))
 assert torch.isclose(stats["clip_frac"], torch.tensor(0.4))
 
-
 # %% [markdown]
 # ## The six cases of the clip
 #
@@ -190,6 +188,7 @@ assert torch.isclose(stats["clip_frac"], torch.tensor(0.4))
 # What matters is the gradient: it is what moves the policy.
 #
 # > **Predict.** In which of the six is the gradient zero?
+
 
 # %%
 def loss_and_slope(ratio, advantage):
@@ -273,7 +272,6 @@ generator = torch.Generator().manual_seed(0)
 oracle_policy = TabularPolicy(world, ref + 0.3 * torch.randn(ref.shape, generator=generator))
 
 
-# %%
 def table_logprobs(model, samples):
     """(B, R): what a model says of the tokens of some answers."""
     length = samples.response.shape[1]
@@ -288,14 +286,15 @@ with torch.no_grad():
     probability = world.response_logprobs(logprobs_all).exp().float()
     exact_values, _, exact = world.values(logprobs_all, ref, beta)
     exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0).float()
+print(len(probability), f"answers; their probabilities add up to {probability.sum():.4f}")
 
+# %%
 total = 0.0
 for y, row in enumerate(world.mask):
     one = logprobs[y : y + 1], exact_advantages[y : y + 1], world.mask[y : y + 1]
     loss, _ = policy_loss(one[0], one[0].detach(), one[1], one[2], 0.2)
     total = total + probability[y] * row.sum() * loss  # a sum over tokens, not their mean
 
-# %%
 (mine,) = torch.autograd.grad(total, oracle_policy.logits)
 (rising,) = world.gradient(oracle_policy, ref, beta)
 error, size = (mine + rising).abs().max().item(), rising.abs().max().item()
@@ -324,6 +323,7 @@ ref_policy, value_model = frozen_copy(policy), ValueModel.load("value")
 reward_model = frozen_copy(RewardModel.load("reward"))
 rows = prompt_rows("ppo", 32)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
+print(len(prompts), "prompts, the first:", rows[0]["instruction"])
 
 # %%
 views = policy, ref_policy, value_model, reward_model
@@ -413,6 +413,7 @@ oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
 start, critic = TabularPolicy(world, ref), TabularValue(world)
 start_values, _, _ = world.values(ref, ref, beta)
 critic.values.data = start_values.float()
+print(f"J of the reference {start_values[0]:.3f}, which is its value at the start of an answer")
 
 
 # %%
@@ -474,7 +475,6 @@ for axis, (name, ((promised, true), _)) in zip(panels, gains.items()):
     axis.legend(frameon=False)
 plt.show()
 
-
 # %% [markdown]
 # Without the clip the policy learns the sixteen answers by heart: it promises itself a gain that is
 # not there, and after a while what it really has falls again. The clip stops early. It also gains
@@ -519,6 +519,7 @@ plt.show()
 #
 # </details>
 
+
 # %%
 def value_loss(values, old_values, returns, mask, clip_range):
     """values, old_values, returns, mask: (B, R) -> loss (), stats {name: ()}."""
@@ -547,11 +548,11 @@ print(f"loss {loss:.3f}, clip_frac {stats['clip_frac']:.3f}, 3 x gradient {slope
 assert torch.isclose(loss, torch.tensor(11.24 / 6))
 assert slopes.tolist() == [[-2.0, 0.0, 2.0]]
 
-
 # %% [markdown]
 # The value clip has a price as well. It is an absolute distance, so it depends on the scale of the
 # rewards. A critic that starts at 0 while the returns are 3 has its gradient taken away in each
 # rollout as soon as it has moved by 0.2:
+
 
 # %%
 def critic_after(rollouts, clip_range, steps=10):
@@ -623,6 +624,7 @@ old, reference = torch.tensor([0.6, 0.0, -1.0]).log_softmax(0), torch.zeros(3).l
 now, one = logits.log_softmax(0), all_count[:, :1]
 policy_term, _ = policy_loss(now[:1][None], old[:1][None], torch.full((1, 1), 2.0), one, 0.2)
 kl_term = kl_full(now, reference)
+print(f"policy loss {policy_term.item():.3f}, KL {kl_term.item():.3f}")
 
 # %%
 p, rho = now.detach().exp(), (now[0] - old[0]).exp().detach()
@@ -632,7 +634,6 @@ for name, term, wanted in zip(("policy", "KL"), (policy_term, kl_term), by_formu
     print(f"{name:6s} autograd {found}  formula {wanted.detach()}")
     assert torch.allclose(found, wanted, atol=1e-6)
 
-
 # %% [markdown]
 # ## $c_1$ with a separate critic: nearly inert
 #
@@ -640,6 +641,7 @@ for name, term, wanted in zip(("policy", "KL"), (policy_term, kl_term), by_formu
 # share no weights, $c_1$ only scales the gradient of the critic. And Adam divides each gradient by
 # its own size: ten times the gradient makes the same step. Let us measure it on a toy with 8
 # features, 5 actions and random advantages and returns, for $c_1 = 0.1$ and $c_1 = 10$.
+
 
 # %%
 def two_headed(shared):
@@ -661,12 +663,15 @@ def outputs(model):
     return scores, model["value"](model["value_trunk"](features))
 
 
+print("log-probabilities and values:", [tuple(x.shape) for x in outputs(two_headed(shared=False))])
+
+
 # %%
-def trained(c1, shared, optimizer_of, joint_clip=None):
+def trained(c1, shared, kind, options, joint_clip=None):
     """Changes of log-probabilities and of values after 20 steps with a given c1."""
     model = two_headed(shared)
     before = [x.detach() for x in outputs(model)]
-    old, optimizer = before[0].gather(1, actions[:, None]), optimizer_of(model.parameters())
+    old, optimizer = before[0].gather(1, actions[:, None]), kind(model.parameters(), **options)
     for _ in range(20):
         scores, values = outputs(model)
         first, _ = policy_loss(scores.gather(1, actions[:, None]), old, good, counts, 0.2)
@@ -680,24 +685,16 @@ def trained(c1, shared, optimizer_of, joint_clip=None):
 
 
 # %%
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.03)
-
-
-# %%
+adam = torch.optim.Adam, {"lr": 3e-3, "eps": 1e-5}
+sgd = torch.optim.SGD, {"lr": 0.03}
 setups = {
-    "separate, Adam": (False, adam),
-    "separate, Adam, one clip for both": (False, adam, 0.1),
-    "separate, SGD": (False, sgd),
-    "separate, SGD, one clip for both": (False, sgd, 0.1),
-    "shared trunk, Adam": (True, adam),
+    "separate, Adam": (False, *adam),
+    "separate, Adam, one clip for both": (False, *adam, 0.1),
+    "separate, SGD": (False, *sgd),
+    "separate, SGD, one clip for both": (False, *sgd, 0.1),
+    "shared trunk, Adam": (True, *adam),
 }
 
-# %%
 difference = {}
 print("change from c1 = 0.1 to c1 = 10, as a share of the change that training makes")
 print(f"{'':35s}policy  critic")
@@ -728,7 +725,6 @@ from dataclasses import replace
 from minippo.ppo import ppo_update
 
 
-# %%
 def critic_moves(c1):
     models = {"policy": load_policy("sft"), "value": ValueModel.load("value")}
     sizes = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=2)
@@ -766,7 +762,6 @@ third = torch.full((3,), 1 / 3).log()
 three_good, three = torch.tensor([[1.0], [0.0], [-1.0]]), torch.ones(3, 1).bool()
 
 
-# %%
 def settled(c2, printed=False, steps=400):
     """Probabilities and KL term after many steps on the three choices."""
     logits = nn.Parameter(torch.zeros(3))
@@ -791,7 +786,6 @@ for c2, printed in ((0.0, False), (0.5, False), (1.0, False), (1.0, True)):
     if paper:
         assert torch.allclose(found, torch.tensor(paper), atol=0.01)
 
-
 # %% [markdown]
 # Larger $c_2$, closer to the reference; and exactly where paper says. As printed the term is
 # $-KL(\pi_{ref}, \pi)$: negative, and minimising it pushes the policy *away* from the reference, as
@@ -806,13 +800,13 @@ for c2, printed in ((0.0, False), (0.5, False), (1.0, False), (1.0, True)):
 # **The sign.** The objective, minimised as if it were a loss, on rollouts of the oracle. Also the
 # smaller loss in place of the larger:
 
+
 # %%
 def smaller(logprobs, old, good, mask):
     ratio = (logprobs - old).exp()
     return masked_mean(torch.minimum(-good * ratio, -good * ratio.clamp(0.8, 1.2)), mask)
 
 
-# %%
 losses = {
     "right": lambda *rollout: policy_loss(*rollout, 0.2)[0],
     "sign turned": lambda *rollout: -policy_loss(*rollout, 0.2)[0],
@@ -864,6 +858,7 @@ with torch.no_grad():
     unplaced = fresh(rollout.tokens, attention_mask=ids.long()).logits[:, -length - 1 : -1]
 ways = {"right": (window, 1.0), "one place late": (late, 1.0)}
 ways |= {"temperature 0.7": (window, 0.7), "no position ids": (unplaced, 1.0)}
+print("logits of the response window:", tuple(window.shape))
 
 # %%
 alarm = {}
