@@ -394,8 +394,8 @@ for K in (2, 4, 8, 9):
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
 # **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
-# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts of one turn to learn from, 64 held out. That
-# is little, on purpose: overfitting should show within seconds.
+# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts of one turn to learn from, 64 held out.
+# That is little, on purpose: overfitting should show within seconds.
 
 # %%
 from minippo.batching import Encoded, decode_response
