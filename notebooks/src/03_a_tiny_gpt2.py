@@ -88,8 +88,8 @@ with torch.no_grad():
     logits = policy(tokens).logits
 Q, R = len(query), len(response)
 B, T, V = logits.shape
-print(type(policy).__name__, "with", sum(p.numel() for p in policy.parameters()), "parameters,")
-print(policy.config.n_layer, "blocks of width", policy.config.n_embd)
+print(type(policy).__name__, "with", sum(p.numel() for p in policy.parameters()), "parameters")
+print(f"n_layer = {policy.config.n_layer} blocks of width n_embd = {policy.config.n_embd}")
 print(f"B = {B}, Q = {Q}, R = {R}, T = Q + R = {T}, V = {V}")
 print("tokens", tuple(tokens.shape), "-> logits", tuple(logits.shape))
 assert T == Q + R and V == len(tokenizer)

@@ -76,7 +76,7 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES
 # | $s_1 \ldots s_K$, best first | `scores` | `(B, K)` | `score_responses` |
 # | $L_{ranking}$, mean over the prompts | `loss` | `()` | `ranking_loss` |
 #
-# The notes that this course follows print $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
+# The note that this course follows prints $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
 # expectation over pairs is a mean already: divided by the number of pairs once more it is
 # $\binom K2$ times too small. The factor belongs once, to the sum over the pairs of a prompt.
 #
@@ -311,7 +311,7 @@ for name, (learned, _) in fits.items():
 #
 # ## Break it: a head that cannot say it
 #
-# "The last layer without softmax", say the notes: what is meant is that the projection onto `V`
+# "The last layer without softmax", says the note: what is meant is that the projection onto `V`
 # tokens is replaced by a **head** of width 1. Some projects put a sigmoid behind it, so that scores
 # lie between 0 and 1. No gap can then exceed 1, and no preference $\sigma(1) = 73\%$:
 
@@ -355,7 +355,7 @@ for token, number in list(zip(tokens[1].tolist(), everywhere[1].tolist()))[len(p
     print(f"{tokenizer.decode([token])!r:16s} {number:+.2f}")
 
 # %% [markdown]
-# The notes write the reward of token $t$ as $r_\phi(q, o_{\le t})$, a score at every token. The
+# The note writes the reward of token $t$ as $r_\phi(q, o_{\le t})$, a score at every token. The
 # numbers before the end do exist, as you see, but nobody has trained them: a rude answer is not
 # worth more in its middle. PPO gets the score once, at the last token that counts; what it gets at
 # every token is the KL penalty.
@@ -383,7 +383,7 @@ assert everywhere[1, -1] > everywhere[0, -1] and readings["the tip"][0] > -3 > r
 #
 # ## All pairs of a prompt, from K readings
 #
-# The notes speak of $K(K-1)/2$ inputs. There are $K(K-1)/2$ *pairs*, but only $K$ answers to read:
+# The note speaks of $K(K-1)/2$ inputs. There are $K(K-1)/2$ *pairs*, but only $K$ answers to read:
 
 # %%
 print(" K  pairs  answers read, pair by pair  answers read once")
@@ -464,7 +464,7 @@ assert abs(once - twice) < 1e-5 and furthest < 1e-4
 # %% [markdown]
 # ## In one batch, or shuffled
 #
-# The notes demand all pairs of a prompt in one batch, because a reward model overfits, often
+# The note demands all pairs of a prompt in one batch, because a reward model overfits, often
 # within one **epoch** (one pass through the data). Three ways through the same rankings:
 #
 # | way | a step takes |
@@ -539,7 +539,7 @@ plt.show()
 
 # %% [markdown]
 # The training loss of all three falls and falls. On new rankings they are at their best after about
-# one epoch and get *worse* from then on. So "train until convergence", as chapter 4 of the notes
+# one epoch and get *worse* from then on. So "train until convergence", as chapter 4 of the note
 # says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving" the right
 # one.
 #
@@ -751,7 +751,7 @@ assert broken / 20 > share
 # | $\frac{1}{\binom K2} E[\ldots]$ | the factor once, on the sum over pairs | Claims, next cell |
 # | "R(x, y) = 0.9" | differences mean something, values do not | the fit from 5 |
 # | "without softmax" | a head of width 1 in place of the projection | the shapes |
-# | $r_\phi(q, o_{\le t})$ at every token | one score, at the last token that counts | the rude one |
+# | $r_\phi(q, o_{\le t})$ at every token | one score, at the last token | the rude answer |
 # | $K(K-1)/2$ inputs | $K$ readings, $K(K-1)/2$ differences | the equal gradients |
 # | "until convergence" (chapter 4) | one epoch, or stop on held-out pairs | the three ways |
 #
