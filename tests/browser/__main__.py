@@ -1,6 +1,6 @@
 """Opens notebooks in JupyterLab in Chromium, runs them from top to bottom, and takes pictures.
 
-    python -m tests.browser --only 03 --out /tmp/pictures
+    python -m tests.browser --only 03 --out pictures
 
 For looking at what a reader sees: NAME-01.png and so on are the notebook from top to bottom, a
 screen each, after all cells have run. Whatever differs from the committed notebook is said.

@@ -93,7 +93,10 @@ class Lab:
         self.driver.set_script_timeout(RUN_SECONDS)
         if failure := self.driver.execute_async_script(PANEL + RUN_ALL):
             raise RuntimeError(f"JupyterLab could not run {name}: {failure}")
-        return self._script(MODEL)
+        shown = None
+        while shown != (shown := self._script(MODEL)) or not self._script(READY, name):
+            time.sleep(1)  # a picture may come after the reply that its cell is done
+        return shown
 
     def pictures(self, stem: Path) -> list[Path]:
         """Pictures of the open notebook from top to bottom, a screen each: STEM-01.png and on."""
