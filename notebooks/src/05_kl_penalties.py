@@ -176,7 +176,7 @@ print((logprobs - ref_logprobs) / math.log(2))
 
 # %% [markdown]
 # Notes that print this code often add that the difference of the logarithms "is the KL". It is one
-# sample of it: half of the numbers above are negative, and a KL never is.
+# sample of it: two of the five numbers that count are negative, and a KL never is.
 #
 # ## Exercise 2: `kl_k1`
 #
