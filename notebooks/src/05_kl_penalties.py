@@ -176,7 +176,7 @@ print((logprobs - ref_logprobs) / math.log(2))
 
 # %% [markdown]
 # Notes that print this code often add that the difference of the logarithms "is the KL". It is one
-# sample of it: half of the numbers above are negative, and a KL never is.
+# sample of it: two of the five numbers that count are negative, and a KL never is.
 #
 # ## Exercise 2: `kl_k1`
 #
@@ -319,8 +319,9 @@ assert torch.allclose(kl_k3(logprobs, ref_logprobs)[0], torch.tensor([0.193, 0.3
 # log-probability of each next token in each state. Everything that sampling estimates is a sum over
 # 85 terms here.
 #
-# The world has a rule that scores responses; `world.optimum` gives the best policy $\pi^*$ for it
-# at a given $\beta$. We use it as an example of a policy that has moved away from the reference.
+# The world has a rule that scores responses. `world.optimum` gives the policy $\pi^*$ for which the
+# **objective**, the mean score less $\beta$ times the KL, is as large as it can be. We use it as an
+# example of a policy that has moved away from the reference.
 
 # %%
 from minippo.oracle import feelings_world
@@ -335,7 +336,9 @@ print(f"KL(best, ref) = {world.kl(best, ref):.3f}, KL(ref, best) = {world.kl(ref
 # %% [markdown]
 # `costs` gives what an estimator says of every token of every response. Its sum over the response,
 # weighted with how often the response is sampled, is the estimator's exact mean; and just so its
-# standard deviation, its range, and how often it is negative.
+# standard deviation, its range, and how often it is negative. Shapes: $Y = 85$ responses, $S = 21$
+# states; `world.before (Y, R)` has the number of the state before each token, `world.mask (Y, R)`
+# the tokens that count.
 
 # %%
 NAMES = [*ESTIMATORS, "full"]
@@ -663,9 +666,14 @@ assert left["kl in the reward"] < 0.03
 assert left["k3 in the reward"] > 0.4 and left["full in the reward"] > 0.8
 assert 0.1 < left["full in the loss"] < 0.35
 assert world.kl(trained["full in the loss"], fixed_point) < 0.06
+for name in ("k3 in the reward", "full in the reward"):
+    assert world.kl(trained[name], ref) > 2 * world.kl(best, ref)
 print("only kl in the reward ends at pi*; the KL loss ends at its own fixed point: True")
 
 # %% [markdown]
+# `k3` and `full` in the reward do not hold the policy back: it ends more than twice as far from the
+# reference as $\pi^*$. The KL loss does hold it, but elsewhere.
+#
 # So the two terms in "$L_{policy} + c_1 L_{value} + c_2 L_{KL}$ and a KL in the reward" are not one
 # thing counted twice. Either is a choice one can defend. They end at different policies, and their
 # coefficients cannot be compared. `PPOConfig` takes the first with `kl_coef` and `kl_estimator`,
