@@ -1,0 +1,120 @@
+"""The edits: for each notebook three that must make its comparison fail.
+
+A sign, a shift, a mask, or what a lesson is about besides. Each is a mistake that somebody could
+make: the package still imports, the shapes still fit, and a number is wrong.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One wrong version of one file."""
+
+    notebook: str  # its number
+    file: str  # below minippo/
+    old: str  # stands exactly once in the file
+    new: str
+    what: str  # what is wrong now
+
+
+EDITS = (
+    # 00, the tour
+    Edit("00", "rewards.py", ", 0) - penalty", ", 0) + penalty", "sign: the KL is rewarded"),
+    Edit(
+        "00", "models.py",
+        ".flatten()[slots] - 1", ".flatten()[slots]",
+        "shift: a token is read off the logits at its own place",
+    ),
+    Edit(
+        "00", "masking.py",
+        "is_eos.cumsum(dim=1) - is_eos == 0", "is_eos.cumsum(dim=1) == 0",
+        "mask: the EOS does not count",
+    ),
+    # 01, SFT
+    Edit(
+        "01", "losses.py",
+        "return -masked_mean(gather_logprobs(logits, tokens), mask)",
+        "return masked_mean(gather_logprobs(logits, tokens), mask)",
+        "sign: SFT makes its demonstrations less likely",
+    ),
+    Edit(
+        "01", "logprobs.py",
+        "x[:, last - response_length : last]", "x[:, last - response_length + 1 :]",
+        "shift: the response window begins one place late",
+    ),
+    Edit("01", "masking.py", ".sum(dim) / mask.sum(dim)", ".mean(dim)", "mask: padding counts"),
+    # 02, preference data
+    Edit(
+        "02", "preferences.py",
+        'float(scores[i] - scores[j])', 'float(scores[j] - scores[i])',
+        "sign: the margin is that of the rejected answer",
+    ),
+    Edit(
+        "02", "hh.py",
+        r"\n\n(Human|Assistant):", r"\n+(Human|Assistant):",
+        "parsing: one newline makes a turn",
+    ),
+    Edit(
+        "02", "tinyhh/annotator.py",
+        "key=lambda i: -noisy[i]", "key=lambda i: noisy[i]",
+        "order: the annotator ranks the worst answer first",
+    ),
+    # 06, values and advantages
+    Edit(
+        "06", "advantages.py",
+        "gamma * next_value - values[:, t]", "gamma * next_value + values[:, t]",
+        "sign: V is added where it is to be taken off",
+    ),
+    Edit(
+        "06", "models.py",
+        ".flatten(0, 1)[packed.places])\n\n\nclass", ".flatten(0, 1)[packed.places + 1])\n\n\nclass",
+        "shift: V is that of the state after the token",
+    ),
+    Edit(
+        "06", "advantages.py",
+        "torch.where(mask[:, t], values[:, t], next_value)", "values[:, t]",
+        "mask: V is 0 in a hole, instead of that of the next token that counts",
+    ),
+    # 07, the losses
+    Edit(
+        "07", "losses.py",
+        "clipped = -advantages * ratio.clamp", "clipped = advantages * ratio.clamp",
+        "sign: the clipped term is the objective, not the loss",
+    ),
+    Edit(
+        "07", "models.py",
+        "kept)[:, -kept:-1]", "kept)[:, 1 - kept :]",
+        "shift: the update sees the logits one place late",
+    ),
+    Edit("07", "masking.py", ".sum(dim) / mask.sum(dim)", ".mean(dim)", "mask: padding counts"),
+    # 08, the loop
+    Edit("08", "rewards.py", ", 0) - penalty", ", 0) + penalty", "sign: the KL is rewarded"),
+    Edit(
+        "08", "logprobs.py",
+        "x[:, last - response_length : last]", "x[:, last - response_length + 1 :]",
+        "shift: the response window begins one place late",
+    ),
+    Edit(
+        "08", "masking.py",
+        "is_eos.cumsum(dim=1) - is_eos == 0", "is_eos.cumsum(dim=1) == 0",
+        "mask: the EOS does not count",
+    ),
+    # 12, scaling up
+    Edit(
+        "12", "sft.py",
+        "counts * sum(len(r.responses[0]) for r in piece) / total",
+        "counts * len(piece) / len(batch)",
+        "weight: a mean of the processes' means, not one over the tokens of all",
+    ),
+    Edit(
+        "12", "optim.py",
+        "gradients(plan[step])", "gradients(plan[step - first])",
+        "resume: the data begin anew, the steps do not",
+    ),
+    Edit(
+        "12", "models.py",
+        ".flatten()[slots] - 1", ".flatten()[slots]",
+        "shift: packed rows read a token off the logits at its own place",
+    ),
+)  # fmt: skip
