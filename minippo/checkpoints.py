@@ -20,10 +20,12 @@ from minippo.distributed import split_like
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network
-if "transformers" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
-    from transformers.utils import logging
+if "huggingface_hub" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+    from huggingface_hub.utils import disable_progress_bars
 
-    logging.disable_progress_bar()  # it has read the environment already
+    disable_progress_bars()  # it has read the environment already
+    if "transformers" in sys.modules:  # which asks huggingface_hub, but only once
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 CHECKSUMS, WEIGHTS = "checksums.json", "model.safetensors"
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 100_000_000, 32  # the largest tokenizers have about 35 MB

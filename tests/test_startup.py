@@ -32,6 +32,7 @@ except SystemExit:
 ORDERS = (
     "from transformers import GPT2Config; from minippo import models",
     "from minippo import models",
+    "import datasets; from minippo import models",  # it brings huggingface_hub along
 )
 
 
