@@ -73,8 +73,8 @@ EDITS = (
     ),
     Edit(
         "06", "advantages.py",
-        "torch.where(mask[:, t], values[:, t], next_value)", "values[:, t]",
-        "mask: V is 0 in a hole, instead of that of the next token that counts",
+        "values.masked_fill(~mask, 0)\n    advantage =", "values\n    advantage =",
+        "mask: what the critic says of padding counts",
     ),
     # 07, the losses
     Edit(
