@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from minippo import cli, distributed
 from minippo.batching import Encoded, left_pad
 from minippo.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, ValueConfig
+from minippo.devices import checkpoint_layers, stored_as
 from minippo.distributed import (
     all_sum,
     alone,
@@ -191,6 +193,8 @@ SMALL = PPOConfig(
     steps=2, batch_size=10, minibatch_size=5, micro_batch_size=1, ppo_epochs=2, warmup_steps=0,
     kl_loss_coef=0.1, max_response_tokens=12, lr=1e-3, value_lr=1e-3,
 )  # fmt: skip
+MANY = [[2 + (i * i + j) % 9 for j in range(1 + i % 5)] for i in range(48)]
+FULL = replace(SMALL, batch_size=48, minibatch_size=24, micro_batch_size=12)
 
 
 class Kept(Hooks):
@@ -206,8 +210,12 @@ def small_training(split: bool) -> dict:
     base, policy = tiny_gpt2(12, 1, 16, 2, 40), tiny_gpt2(12, 1, 16, 2, 40, seed=1)
     reward_model = RewardModel.from_policy(policy, pad_id=0)
     ref_policy, value_model = frozen_copy(policy), ValueModel.from_reward_model(reward_model)
+    half = stored_as(frozen_copy(policy), "bfloat16")
     models = [policy, ref_policy, value_model, reward_model]
-    if split:
+    if split:  # as with --fsdp --gradient-checkpointing
+        for model in (base, policy, value_model, reward_model):
+            checkpoint_layers(model)
+        half = shard(half, torch.device("cpu"))
         base, *models = [shard(model, torch.device("cpu")) for model in [base, *models]]
     rates = {"batch_size": 5, "lr": 1e-3, "warmup_steps": 0}
     micro, targets = {"micro_batch_size": 1, **rates}, [0.1 * i for i in range(10)]
@@ -217,12 +225,17 @@ def small_training(split: bool) -> dict:
     history += train_reward_model(reward_model, RANKINGS, RewardConfig(epochs=1, **micro), 0)
     history += train_value_model(value_model, RANKINGS, targets, ValueConfig(**rates), 0)
     rollout = collect_rollout(*models, PROMPTS, Tokenizer, SMALL)
+    halved = collect_rollout(models[0], half, *models[2:], PROMPTS, Tokenizer, SMALL)
     kept = Kept()
     query, mask = left_pad(PROMPTS, 0)
     history += train_ppo(*models, PROMPTS, Tokenizer, SMALL, hooks=kept)
+    full = collect_rollout(*models, MANY, Tokenizer, FULL, seed=5)
+    history += train_ppo(*models, MANY, Tokenizer, FULL, seed=5)
     own = own_rows(len(query))
     return {
-        "tokens": rollout.tokens,
+        "tokens": [rollout.tokens, full.tokens],
+        "half": halved.ref_logprobs,
+        "halving": float((halved.ref_logprobs - rollout.ref_logprobs).abs().max()),
         "advantages": rollout.advantages,
         "many": generate_many(ref_policy, PROMPTS, Tokenizer, 12, 3, batch_size=2),
         "own": generate(ref_policy, query[own], mask[own], 12, 1, 0, 3, rows=range(10)[own]).shape,
@@ -250,9 +263,11 @@ def small(tmp_path_factory):
 def test_uneven_shares_give_the_updates_of_one_process(small, name, error):
     (expected,), close = small["1"], {"rtol": 0, "atol": error}
     for got in small[name]:
-        assert torch.equal(got["tokens"], expected["tokens"])
+        assert all(map(torch.equal, got["tokens"], expected["tokens"]))
         assert got["many"] == expected["many"]
         torch.testing.assert_close(got["advantages"], expected["advantages"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(got["half"], expected["half"], rtol=0, atol=2e-5)
+        assert got["halving"] > 1e-4  # or it was not half precision
         torch.testing.assert_close(got["weights"], expected["weights"], **close)
         torch.testing.assert_close(got["scores"], expected["scores"], rtol=0, atol=2e-5)
         torch.testing.assert_close(got["history"], expected["history"], rtol=1e-4, atol=2e-5)
