@@ -5,6 +5,8 @@ answer sixteen questions with the shipped checkpoints and the same random number
 that comes out has to agree.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,20 +79,33 @@ def agree_all(name: str, found: object, wanted: dict[str, Tensor]) -> None:
         agree(f"{key!r} of {name}", found[key], torch.as_tensor(value).detach())
 
 
+@functools.cache
+def _shipped() -> dict:
+    """What the functions work with, read once: nobody gets these, only copies."""
+    reward_model, sft = frozen_copy(RewardModel.load("reward")), load_policy("sft")
+    models = {"policy": load_policy("ppo"), "ref_policy": frozen_copy(sft), "sft": sft}
+    return models | {"value_model": ValueModel.load("value"), "reward_model": reward_model}
+
+
 def _acting(collect: Callable) -> Rollout:
     """A rollout of PPO's policy on sixteen questions."""
-    tokenizer, reward_model = load_tokenizer("sft"), frozen_copy(RewardModel.load("reward"))
+    tokenizer, models = load_tokenizer("sft"), copy.deepcopy(_shipped())
     rows = prompt_rows("ppo", CONFIG.batch_size)
     prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
-    policy, ref_policy = load_policy("ppo"), frozen_copy(load_policy("sft"))
-    models = policy, ref_policy, ValueModel.load("value"), reward_model
+    reward_model = models["reward_model"]
+    views = models["policy"], models["ref_policy"], models["value_model"], reward_model
     stats = reward_model.mean, reward_model.std
-    return collect(*models, prompts, tokenizer, CONFIG, score_stats=stats, seed=3)
+    return collect(*views, prompts, tokenizer, CONFIG, score_stats=stats, seed=3)
+
+
+@functools.cache
+def _wanted() -> Rollout:
+    return _acting(collect_rollout)
 
 
 def compare_rollouts(collect: Callable) -> None:
     """Every field of the two rollouts."""
-    wanted, found = _acting(collect_rollout), _acting(collect)
+    wanted, found = _wanted(), _acting(collect)
     if not isinstance(found, Rollout):
         raise Differs(f"it has to return a Rollout, yours is {type(found).__name__}")
     for name in Rollout.__dataclass_fields__:
@@ -99,12 +114,12 @@ def compare_rollouts(collect: Callable) -> None:
 
 def compare_losses(loss_fn: Callable) -> None:
     """Loss, statistics and gradients, for a policy that is not the one of the rollout any more."""
-    batch, policy, value_model = _acting(collect_rollout), load_policy("sft"), ValueModel.load("value")
-    parameters = [*policy.parameters(), *value_model.parameters()]
-    ref_policy = frozen_copy(policy)
 
     def parts(loss_fn):
-        result = loss_fn(policy, ref_policy, value_model, batch, CONFIG)
+        models, batch = copy.deepcopy(_shipped()), copy.deepcopy(_wanted())
+        policy, value_model = models["sft"], models["value_model"]
+        parameters = [*policy.parameters(), *value_model.parameters()]
+        result = loss_fn(policy, models["ref_policy"], value_model, batch, CONFIG)
         if not isinstance(result, tuple) or len(result) != 2:
             raise Differs("it has to return two things, the loss and a dict")
         loss, stats = result
@@ -124,14 +139,14 @@ def compare_losses(loss_fn: Callable) -> None:
 
 def compare_updates(update: Callable) -> None:
     """The weights of policy and critic after the updates on one rollout, and the statistics."""
-    rollout, ref_policy = _acting(collect_rollout), frozen_copy(load_policy("sft"))
 
     def after(update):
-        models = {"policy": load_policy("ppo"), "value": ValueModel.load("value")}
-        optimizer, shuffle = adamw(models, dict.fromkeys(models, 1e-4)), torch.Generator()
-        both = models["policy"], ref_policy, models["value"]
-        stats = update(*both, optimizer, rollout, CONFIG, shuffle.manual_seed(0))
-        return {k: model.state_dict() for k, model in models.items()}, stats
+        models, shuffle = copy.deepcopy(_shipped()), torch.Generator().manual_seed(0)
+        trained = {"policy": models["policy"], "value": models["value_model"]}
+        optimizer = adamw(trained, dict.fromkeys(trained, 1e-4))
+        views = trained["policy"], models["ref_policy"], trained["value"]
+        stats = update(*views, optimizer, copy.deepcopy(_wanted()), CONFIG, shuffle)
+        return {kind: model.state_dict() for kind, model in trained.items()}, stats
 
     (wanted, wanted_stats), (found, stats) = after(ppo_update), after(update)
     for kind, weights in wanted.items():
