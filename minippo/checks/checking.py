@@ -82,7 +82,9 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    """The check of one function, without its `judge(fn) -> Verdict`; call it with yours: `gae = check_gae(gae)`.
+    """The check of one function; call it with yours: `gae = check_gae(gae)`.
+
+    What is right, is for a subclass to say, by `judge(fn) -> Verdict`.
 
     Hands back your function if it is right, and saves its source to my_minippo.py. Hands back
     minippo's own if yours is not written yet; with fallback=False that is an error too.

@@ -42,7 +42,8 @@ def grade(path: Path, timeout: int = 120, expect: Iterable[str] = ()) -> list[di
     Raises ValueError if the file is no notebook or names no check, or if an expected one has none.
     """
     if unknown := [name for name in expect if name not in EXERCISES]:
-        raise ValueError(f"there is no check of {', '.join(unknown)}, only of {', '.join(EXERCISES)}")
+        known = ", ".join(EXERCISES)
+        raise ValueError(f"there is no check of {', '.join(unknown)}, only of {known}")
     notebook = _read(path)
     code = (cell.source for cell in notebook.cells if cell.cell_type == "code")
     names = list(dict.fromkeys([*exercises(code), *expect]))

@@ -10,6 +10,7 @@ failures of the others would say nothing. And a copy that no kernel imported has
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ NBVAL = "-m pytest -q -x --nbval --nbval-current-env --nbval-cell-timeout=300 -p
 ALONE = {"MINIPPO_MINE": "off", "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
 # What code raises that nobody ever had: such an edit is no mistake of a reader's.
 BROKEN = ("NameError", "SyntaxError", "IndentationError", "ImportError", "AttributeError")
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m|#x1B\[[0-9;]*m")  # of a traceback, and as XML has them
 
 
 class NoVerdict(RuntimeError):
@@ -109,7 +112,7 @@ def first_failure(report: Path) -> tuple[str, str]:
 
 def reason_of(text: str) -> str:
     """In a word: the name of what a cell raised, or that its output is another one."""
-    for line in reversed(text.splitlines()):
+    for line in reversed(COLOURS.sub("", text).splitlines()):
         name = line.split(":")[0].strip()
         if name.isidentifier() and name.endswith(("Error", "CheckFailed", "Exception")):
             return name
@@ -140,7 +143,7 @@ def campaign(edits: Sequence[Edit], root: Path, jobs: int) -> list[tuple[str, Ed
     tasks = [*((number, None) for number in books), *((e.notebook, e) for e in edits)]
     problems = []
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(judged, books[number], edit): (number, edit) for number, edit in tasks}
+        waiting = {pool.submit(judged, books[task[0]], task[1]): task for task in tasks}
         for job in tqdm(as_completed(waiting), "sabotage", len(waiting), disable=None, leave=False):
             (number, edit), (found, problem) = waiting[job], job.result()
             tqdm.write(line(number, edit, found, problem))
@@ -182,7 +185,7 @@ def main(settings: Settings, root: Path = ROOT, edits: Sequence[Edit] = EDITS) -
     blamed = {edit for _, edit, _ in problems if edit}
     # Where a notebook fails by itself, its failures show nothing.
     void = {number for number, edit, _ in problems if edit is None}
-    noticed = sum(e not in blamed and e.notebook not in void for e in chosen)
+    noticed = sum(edit not in blamed and edit.notebook not in void for edit in chosen)
     print(f"\n{noticed} of {len(chosen)} edits noticed")
     for number, edit, problem in problems:
         print(f"  {number} {f'{edit.file}, {edit.what}' if edit else 'as it is'}: {problem}")

@@ -60,6 +60,54 @@ EDITS = (
         "key=lambda i: -noisy[i]", "key=lambda i: noisy[i]",
         "order: the annotator ranks the worst answer first",
     ),
+    # 03, tokens and log-probabilities
+    Edit(
+        "03", "losses.py",
+        "return -masked_mean(gather_logprobs(logits, tokens), mask)",
+        "return masked_mean(gather_logprobs(logits, tokens), mask)",
+        "sign: SFT makes its demonstrations less likely",
+    ),
+    Edit(
+        "03", "logprobs.py",
+        "x[:, last - response_length : last]", "x[:, last - response_length + 1 :]",
+        "shift: the response window begins one place late",
+    ),
+    Edit(
+        "03", "models.py",
+        "tokens.shape[1] :]\n    seen =", "tokens.shape[1] :] + 1\n    seen =",
+        "positions: all tokens stand one place further on",
+    ),
+    # 04, the reward model
+    Edit(
+        "04", "losses.py",
+        "gap = chosen_scores - rejected_scores", "gap = rejected_scores - chosen_scores",
+        "sign: the rejected answer is to score higher",
+    ),
+    Edit(
+        "04", "models.py",
+        "[rows, lengths - 1]", "[rows, lengths - 2]",
+        "shift: the score is read at the token before the last",
+    ),
+    Edit(
+        "04", "losses.py",
+        "count, count, offset=1", "count, count, offset=0",
+        "pairs: each answer is compared with itself too",
+    ),
+    # 05, the KL
+    Edit(
+        "05", "kl.py",
+        "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs",
+        "sign: k3 has the two policies exchanged",
+    ),
+    Edit(
+        "05", "rewards.py",
+        "mask & (counted_from_here_on == 1)", "mask & (counted_from_here_on == 2)",
+        "shift: the score comes one token early",
+    ),
+    Edit(
+        "05", "rewards.py",
+        "kl_coef * kl.masked_fill(~mask, 0)", "kl_coef * kl", "mask: padding pays for its KL",
+    ),
     # 06, values and advantages
     Edit(
         "06", "advantages.py",
@@ -68,7 +116,8 @@ EDITS = (
     ),
     Edit(
         "06", "models.py",
-        ".flatten(0, 1)[packed.places])\n\n\nclass", ".flatten(0, 1)[packed.places + 1])\n\n\nclass",
+        "read(hidden.flatten(0, 1)[packed.places])",
+        "read(hidden.flatten(0, 1)[packed.places + 1])",
         "shift: V is that of the state after the token",
     ),
     Edit(
