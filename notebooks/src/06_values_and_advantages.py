@@ -646,9 +646,9 @@ plt.show()
 # %% [markdown]
 # The critic was pleased while the answer read well; then the answer broke off in the middle of a
 # sentence. Each row is one $\lambda$. At 0 a token gets only the step that the critic's opinion
-# made at it, with all of the surprise that is left on the last token. At 1 each token gets the score less what
-# was expected before it: every token is blamed, the early ones for what the later ones did.
-# Between the two, blame flows from right to left and fades on the way.
+# made at it, with all of the surprise that is left on the last token. At 1 each token gets the
+# score less what was expected before it: every token is blamed, the early ones for what the later
+# ones did. Between the two, blame flows from right to left and fades on the way.
 #
 # ## Coloured text
 #

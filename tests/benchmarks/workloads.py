@@ -46,7 +46,7 @@ WORKLOADS = {
     "gpt2": Workload(
         "random weights in the shape of GPT-2 small, 12 layers, 768 wide, vocabulary 50,257; "
         "8 prompts of 32 tokens, answers of exactly 32",
-        8, 32, (12, 768, 12, 50_257), 32, 2,
+        8, 32, (12, 768, 12, 50_257), 32, 4,
     ),
 }  # fmt: skip
 
