@@ -89,6 +89,7 @@ with torch.no_grad():
 Q, R = len(query), len(response)
 B, T, V = logits.shape
 print(type(policy).__name__, "with", sum(p.numel() for p in policy.parameters()), "parameters")
+print(f"n_layer = {policy.config.n_layer} blocks of width n_embd = {policy.config.n_embd}")
 print(f"B = {B}, Q = {Q}, R = {R}, T = Q + R = {T}, V = {V}")
 print("tokens", tuple(tokens.shape), "-> logits", tuple(logits.shape))
 assert T == Q + R and V == len(tokenizer)
@@ -121,7 +122,7 @@ for t in range(Q - 3, T):
         arrow = {"arrowstyle": "->", "color": "black" if t >= Q - 1 else "0.7"}
         axis.annotate("", (t + 0.9, 0.85), (t, 0.2), arrowprops=arrow)
         axis.text(t + 0.62, 0.45, f"{next_probability[t]:.3f}", fontsize=9)
-axis.axvspan(Q - 1.4, T - 1.5, 0, 0.28, color="0.9", zorder=0)
+axis.axvspan(Q - 1.4, T - 1.5, 0.12, 0.28, color="0.9", zorder=0)
 axis.set(xlim=(Q - 3.6, T - 0.3), ylim=(-0.3, 1.3), title=window)
 axis.axis("off")
 plt.show()

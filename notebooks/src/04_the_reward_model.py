@@ -76,7 +76,7 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES
 # | $s_1 \ldots s_K$, best first | `scores` | `(B, K)` | `score_responses` |
 # | $L_{ranking}$, mean over the prompts | `loss` | `()` | `ranking_loss` |
 #
-# The notes that this course follows print $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
+# The note that this course follows prints $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
 # expectation over pairs is a mean already: divided by the number of pairs once more it is
 # $\binom K2$ times too small. The factor belongs once, to the sum over the pairs of a prompt.
 #
@@ -311,7 +311,7 @@ for name, (learned, _) in fits.items():
 #
 # ## Break it: a head that cannot say it
 #
-# "The last layer without softmax", say the notes: what is meant is that the projection onto `V`
+# "The last layer without softmax", says the note: what is meant is that the projection onto `V`
 # tokens is replaced by a **head** of width 1. Some projects put a sigmoid behind it, so that scores
 # lie between 0 and 1. No gap can then exceed 1, and no preference $\sigma(1) = 73\%$:
 
@@ -343,7 +343,7 @@ print("the policy's projection", tuple(policy.lm_head.weight.shape))
 print("the reward model's head", tuple(fresh.classifier.score.weight.shape))
 
 # %%
-shipped = frozen_copy(RewardModel.load("reward"))  # trained on 6,000 prompts with 8 answers each
+shipped = frozen_copy(RewardModel.load("reward"))  # in eval mode and without gradients, as in PPO
 prompt = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
 texts = ["You can water the tomato plants every morning.", "Figure it out yourself."]
 responses = [encode_response(tokenizer, text) for text in texts]
@@ -355,7 +355,7 @@ for token, number in list(zip(tokens[1].tolist(), everywhere[1].tolist()))[len(p
     print(f"{tokenizer.decode([token])!r:16s} {number:+.2f}")
 
 # %% [markdown]
-# The notes write the reward of token $t$ as $r_\phi(q, o_{\le t})$, a score at every token. The
+# The note writes the reward of token $t$ as $r_\phi(q, o_{\le t})$, a score at every token. The
 # numbers before the end do exist, as you see, but nobody has trained them: a rude answer is not
 # worth more in its middle. PPO gets the score once, at the last token that counts; what it gets at
 # every token is the KL penalty.
@@ -383,7 +383,7 @@ assert everywhere[1, -1] > everywhere[0, -1] and readings["the tip"][0] > -3 > r
 #
 # ## All pairs of a prompt, from K readings
 #
-# The notes speak of $K(K-1)/2$ inputs. There are $K(K-1)/2$ *pairs*, but only $K$ answers to read:
+# The note speaks of $K(K-1)/2$ inputs. There are $K(K-1)/2$ *pairs*, but only $K$ answers to read:
 
 # %%
 print(" K  pairs  answers read, pair by pair  answers read once")
@@ -394,7 +394,7 @@ for K in (2, 4, 8, 9):
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
 # **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
-# every pair Bradley-Terry with $\tau = 0.5$. 48 prompts of one turn to learn from, 64 held out.
+# every pair Bradley-Terry with $\tau = 0.5$. 40 prompts of one turn to learn from, 48 held out.
 # That is little, on purpose: overfitting should show within seconds.
 
 # %%
@@ -417,7 +417,7 @@ def sample(rows, seed):
 
 
 # %%
-rows = [row for row in prompt_rows("preference", 400) if not row["history"]][:112]
+rows = [row for row in prompt_rows("preference", 400) if not row["history"]][:88]
 sampled, texts, judged = sample(rows, seed=7)
 for text, judgement in zip(texts[0], judged[0]):
     print(f"{judgement.score:+.2f}  {text}")
@@ -430,8 +430,9 @@ for one, judgements in zip(sampled, judged):
     order = rank(gold, rng)
     ranked.append(Encoded(one.row, one.prompt, [one.responses[i] for i in order]))
     gold_ranked.append([gold[i] for i in order])
-train_rows, held_out = ranked[:48], ranked[48:]
-perfect = torch.tensor(gold_ranked[48:]) / TEMPERATURE
+train_rows, held_out = ranked[:40], ranked[40:]
+perfect = torch.tensor(gold_ranked[40:]) / TEMPERATURE
+print(len(train_rows), "rankings to learn from,", len(held_out), "held out")
 print("gold scores in the order of one ranking:", gold_ranked[0])
 print(f"a model that knows the gold score: held-out loss {ranking_loss(perfect):.3f}")
 
@@ -463,67 +464,72 @@ assert abs(once - twice) < 1e-5 and furthest < 1e-4
 # %% [markdown]
 # ## In one batch, or shuffled
 #
-# The notes demand all pairs of a prompt in one batch, because a reward model overfits, often
-# within one **epoch** (one pass through the data). Three ways through the same rankings, three
-# epochs each:
+# The note demands all pairs of a prompt in one batch, because a reward model overfits, often
+# within one **epoch** (one pass through the data). Three ways through the same rankings:
 #
-# | way | a step takes | answers read in a step | steps an epoch |
-# |---|---|---|---|
-# | together | 4 prompts, all 6 pairs of each | 16 | 12 |
-# | shuffled, small steps | 4 pairs of any prompts | 8 | 72 |
-# | shuffled, large steps | 24 pairs of any prompts | 48 | 12 |
-#
-# Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Watch the loss on
-# the 64 rankings that are held out. Before you run it, guess: when is each of the three at its
-# best, and which is the worst after three epochs?
+# | way | a step takes |
+# |---|---|
+# | together | 4 prompts, all 6 pairs of each |
+# | shuffled, small steps | 4 pairs of any prompts |
+# | shuffled, large steps | 24 pairs of any prompts |
 
 # %%
 from minippo.batching import pieces
 from minippo.optim import adamw, optimizer_step
 
 all_pairs = [pair for row in train_rows for pair in as_pairs(row)]
-print(len(train_rows), "rankings of 4, or", len(all_pairs), "pairs")
+ways = {
+    "together": (train_rows, 4),
+    "shuffled, small steps": (all_pairs, 4),
+    "shuffled, large steps": (all_pairs, 24),
+}
+for name, (units, per_step) in ways.items():
+    steps, answers = len(pieces(units, per_step)), sum(len(unit.responses) for unit in units)
+    print(f"{name:22s} {steps:3d} steps an epoch, which read {answers} answers")
+
+# %% [markdown]
+# Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Each way trains a
+# fresh reward model for three epochs. Watch the loss on the rankings that are held out. Before you
+# run it, guess: when is each of the three at its best, and which is the worst after three epochs?
 
 
+# %%
 def held_out_loss(reward_model):
     return float(ranking_loss(torch.tensor(score_all(reward_model, held_out, pad_id))))
 
 
-# %%
-def train(rows, per_step, epochs=3, seed=0):
-    """The losses after each epoch, the first before any: training (from 1 on) and held out."""
+def train(units, per_step, epochs=3, seed=0):
+    """The training loss of each epoch; the held-out loss at its start, middle and end."""
     reward_model = RewardModel.from_policy(policy, seed, pad_id)
     optimizer = adamw({"reward": reward_model}, {"reward": 1e-3})
     rng, in_training, outside = random.Random(seed), [], [held_out_loss(reward_model)]
     for _ in range(epochs):
-        losses = []
-        for piece in pieces(rng.sample(rows, len(rows)), per_step):
-            loss = ranking_loss(score_responses(reward_model, piece, pad_id))
+        losses, batches = [], pieces(rng.sample(units, len(units)), per_step)
+        for step, batch in enumerate(batches, start=1):
+            loss = ranking_loss(score_responses(reward_model, batch, pad_id))
             loss.backward()
             optimizer_step(optimizer, max_grad_norm=1.0)
             losses.append(float(loss.detach()))
+            if step in (len(batches) // 2, len(batches)):
+                outside.append(held_out_loss(reward_model))
         in_training.append(sum(losses) / len(losses))
-        outside.append(held_out_loss(reward_model))
     return in_training, outside
 
 
-# %%
-curves = {
-    "together": train(train_rows, 4),
-    "shuffled, small steps": train(all_pairs, 4),
-    "shuffled, large steps": train(all_pairs, 24),
-}
-print("loss after epoch           1    2    3       0    1    2    3")
-for name, (in_training, outside) in curves.items():
-    print(f"{name:22s}", *(f"{loss:.2f}" for loss in in_training), end="")
-    print("   ", *(f"{loss:.2f}" for loss in outside))
-print(f"{'':22s} training          held out")
+# %% tags=["nbval-ignore-output"]
+curves = {name: train(*way) for name, way in ways.items()}
+print("training loss of epoch     1    2    3")
+for name, (in_training, _) in curves.items():
+    print(f"{name:22s}", *(f"{loss:.2f}" for loss in in_training))
+print("held out, after epoch      0  0.5    1  1.5    2  2.5    3")
+for name, (_, outside) in curves.items():
+    print(f"{name:22s}", *(f"{loss:.2f}" for loss in outside))
 
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(1, 2, figsize=(10.8, 3), layout="constrained")
 for name, (in_training, outside) in curves.items():
     axes[0].plot([1, 2, 3], in_training, marker="o", label=name)
-    axes[1].plot([0, 1, 2, 3], outside, marker="o", label=name)
+    axes[1].plot([half / 2 for half in range(7)], outside, marker="o", label=name)
 axes[1].axhline(float(ranking_loss(perfect)), color="0.5", linestyle=":", label="gold score")
 for axis, name in zip(axes, ("training", "held out")):
     axis.set(xlabel="epoch", ylabel="loss, nats per pair", title=name, xticks=range(4))
@@ -532,37 +538,44 @@ axes[1].legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The training loss of all three falls and falls; on new rankings they are at their best after an
-# epoch or two and get *worse* from then on. So "train until convergence", as chapter 4 of
-# the notes says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving"
-# the right one.
+# The training loss of all three falls and falls. On new rankings they are at their best after about
+# one epoch and get *worse* from then on. So "train until convergence", as chapter 4 of the note
+# says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving" the right
+# one.
 #
-# And the batch? Small shuffled steps overfit fastest, within the first epoch: each answer is pulled
-# at in three different steps. But shuffled in *large* steps, as many as "together" takes, it does
-# about as well as "together". What protects is not the company of the same prompt but the number of
-# steps. Keeping a prompt together gets that with a third of the reading, and with a seventh for
-# K = 8.
+# And the batch? Small shuffled steps overfit fastest: after one epoch they are behind, half an
+# epoch later worse than an untrained model. Each answer is pulled at in three different steps. But
+# shuffled in *large* steps, as many as "together" takes, the model gets about as good as
+# "together". What protects is not the company of the same prompt but the number of steps. Keeping a
+# prompt together gets that with a third of the reading, and with a seventh for K = 8.
 
 # %%
-outside = {name: held for name, (_, held) in curves.items()}
-best = {name: min(range(4), key=held.__getitem__) for name, held in outside.items()}
-print("best after epoch:", best)
-small, large = outside["shuffled, small steps"], outside["shuffled, large steps"]
-print(f"after three: small steps {small[3]:.2f}, large {large[3]:.2f}", end=", ")
-print(f"together {outside['together'][3]:.2f}")
-assert all(held[3] > min(held) + 0.1 for held in outside.values()) and max(best.values()) < 3
-assert small[1] > outside["together"][1] and small[3] > outside["together"][3] + 0.2
-assert small[3] > large[3] + 0.1 and abs(large[3] - outside["together"][3]) < 0.4
+outside = {name: torch.tensor(held) for name, (_, held) in curves.items()}
+together, small, large = outside.values()
+for name, held in outside.items():
+    overfits = held.argmin() <= 4 and held[-1] > held.min() + 0.1
+    print(f"{name:22s} best within two epochs, then worse by 0.1 or more: {bool(overfits)}")
+    assert overfits and curves[name][0][2] < 0.4 < curves[name][0][0]
+small_worst = small[3] > small[0] and small[2] > together[2] and small[3] > large[3] + 0.2
+print("small steps: behind after one epoch, worse than untrained after one and a half:", end=" ")
+print(bool(small_worst))
+assert small_worst and abs(large.min() - together.min()) < 0.1
 
 # %% [markdown]
 # ## Is the shipped reward model calibrated?
 #
-# Now the model that PPO uses: 6,000 prompts, 8 answers each. 96 new questions, four answers each.
-# It says $\sigma(s_i - s_j)$ for every pair. The annotator's true probability is known:
-# $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A model is **calibrated** if among the pairs
-# where it says 80%, the preferred answer really is preferred by 80% of the annotators.
+# Now the model that PPO uses, trained in two epochs on many more rankings: `RewardConfig` holds the
+# settings. 96 new questions, four answers each. The model says $\sigma(s_i - s_j)$ for every pair.
+# The annotator's true probability is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A
+# model is **calibrated** if among the pairs where it says 80%, the preferred answer really is
+# preferred by 80% of the annotators.
 
 # %%
+from minippo.config import RewardConfig
+
+config = RewardConfig()
+print(f"trained on {config.prompts:,} prompts with {config.candidates} answers each", end=", ")
+print(f"{config.epochs} epochs")
 rows = prompt_rows("validation", 96)
 sampled, texts, judged = sample(rows, seed=3)
 scores = torch.tensor(score_all(shipped, sampled, pad_id))
@@ -608,7 +621,7 @@ for (scale, table), marker in zip(tables.items(), "os"):
     axis.plot(said, seen, marker=marker, label=f"scores times {scale:.0f}")
     for x, y, count in table if scale == 1 else ():
         axis.annotate(f"n={count}", (x, y), (x + 0.01, y - 0.03), fontsize=8)
-axis.set(xlabel="what the reward model says", ylabel="share of annotators")
+axis.set(xlabel="what the reward model says", ylabel="share of annotators who agree")
 axis.legend(frameon=False)
 axis.grid()
 plt.show()
@@ -731,6 +744,17 @@ print(f"broken answers: {broken} of the 20 most overrated, {share:.0%} of all")
 assert broken / 20 > share
 
 # %% [markdown]
+# ## What the note says, and what is meant
+#
+# | chapter 2.2 prints | meant | shown |
+# |---|---|---|
+# | $\frac{1}{\binom K2} E[\ldots]$ | the factor once, on the sum over pairs | Claims, next cell |
+# | "R(x, y) = 0.9" | differences mean something, values do not | the fit from 5 |
+# | "without softmax" | a head of width 1 in place of the projection | the shapes |
+# | $r_\phi(q, o_{\le t})$ at every token | one score, at the last token | the rude answer |
+# | $K(K-1)/2$ inputs | $K$ readings, $K(K-1)/2$ differences | the equal gradients |
+# | "until convergence" (chapter 4) | one epoch, or stop on held-out pairs | the three ways |
+#
 # ## Claims
 #
 # What the text says, asserted:
