@@ -8,21 +8,16 @@ that comes out has to agree.
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from minippo.batching import encode_prompt
 from minippo.checks.checking import Exercise, Verdict
 from minippo.checks.observing import Observation
 from minippo.checks.source import is_stub
 from minippo.config import PPOConfig
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
 from minippo.optim import adamw
-from minippo.ppo import ppo_loss, ppo_update
-from minippo.rollout import Rollout, collect_rollout
-from minippo.tinyhh.rows import prompt_rows
 
 CONFIG = PPOConfig(batch_size=16, minibatch_size=8, micro_batch_size=8)
 TOLERANCE = 1e-4
@@ -36,14 +31,14 @@ class Differs(Exception):
 class LoopCheck(Exercise):
     """The check of a function of the loop: `ppo_loss = check_ppo_loss(ppo_loss)`."""
 
-    compare: Callable[[Callable], None]  # raises Differs, or what the function raises
+    compare: Callable[[Callable, Callable], None]  # yours and minippo's; raises Differs
 
     def judge(self, fn: Callable) -> Verdict:
         """What is to be said about a function; nothing is printed, saved or raised."""
         if verdict := self.prejudge(fn):
             return verdict
         try:
-            self.compare(fn)
+            self.compare(fn, self.reference)
         except Differs as difference:
             return self._wrong(str(difference))
         except Exception as error:  # whatever a student's function raises
@@ -82,37 +77,42 @@ def agree_all(name: str, found: object, wanted: dict[str, Tensor]) -> None:
 @functools.cache
 def _shipped() -> dict:
     """What the functions work with, read once: nobody gets these, only copies."""
+    # Not above: whoever wants the checks of formulas alone does not wait for the models.
+    from minippo.batching import encode_prompt
+    from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
+    from minippo.tinyhh.rows import prompt_rows
+
+    tokenizer, rows = load_tokenizer("sft"), prompt_rows("ppo", CONFIG.batch_size)
+    prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
     reward_model, sft = frozen_copy(RewardModel.load("reward")), load_policy("sft")
     models = {"policy": load_policy("ppo"), "ref_policy": frozen_copy(sft), "sft": sft}
-    return models | {"value_model": ValueModel.load("value"), "reward_model": reward_model}
+    models |= {"value_model": ValueModel.load("value"), "reward_model": reward_model}
+    return models | {"tokenizer": tokenizer, "prompts": prompts}
 
 
-def _acting(collect: Callable) -> Rollout:
+def _acting(collect: Callable):
     """A rollout of PPO's policy on sixteen questions."""
-    tokenizer, models = load_tokenizer("sft"), copy.deepcopy(_shipped())
-    rows = prompt_rows("ppo", CONFIG.batch_size)
-    prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
-    reward_model = models["reward_model"]
-    views = models["policy"], models["ref_policy"], models["value_model"], reward_model
-    stats = reward_model.mean, reward_model.std
-    return collect(*views, prompts, tokenizer, CONFIG, score_stats=stats, seed=3)
+    given = copy.deepcopy(_shipped())
+    names = "policy", "ref_policy", "value_model", "reward_model", "prompts", "tokenizer"
+    stats = given["reward_model"].mean, given["reward_model"].std
+    return collect(*(given[name] for name in names), CONFIG, score_stats=stats, seed=3)
 
 
 @functools.cache
-def _wanted() -> Rollout:
-    return _acting(collect_rollout)
+def _wanted():
+    return _acting(check_collect_rollout.reference)
 
 
-def compare_rollouts(collect: Callable) -> None:
+def compare_rollouts(collect: Callable, own: Callable) -> None:
     """Every field of the two rollouts."""
-    wanted, found = _wanted(), _acting(collect)
-    if not isinstance(found, Rollout):
+    wanted, found = _acting(own), _acting(collect)
+    if not isinstance(found, type(wanted)):
         raise Differs(f"it has to return a Rollout, yours is {type(found).__name__}")
-    for name in Rollout.__dataclass_fields__:
-        agree(name, getattr(found, name), getattr(wanted, name))
+    for field in fields(wanted):
+        agree(field.name, getattr(found, field.name), getattr(wanted, field.name))
 
 
-def compare_losses(loss_fn: Callable) -> None:
+def compare_losses(loss_fn: Callable, own: Callable) -> None:
     """Loss, statistics and gradients, for a policy that is not the one of the rollout any more."""
 
     def parts(loss_fn):
@@ -127,17 +127,17 @@ def compare_losses(loss_fn: Callable) -> None:
             raise Differs("the loss has no gradient")
         return loss, stats, torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    wanted, found = parts(ppo_loss), parts(loss_fn)
+    wanted, found = parts(own), parts(loss_fn)
     agree("the loss", found[0], wanted[0].detach())
     names = ("loss/policy", "loss/value", "policy/approx_kl", "policy/clip_frac", "policy/ratio")
     names += ("value/clip_frac", "value/error")
     agree_all("the stats", found[1], {name: wanted[1][name] for name in names})
-    for mine, own in zip(found[2], wanted[2], strict=True):
-        mine = torch.zeros_like(own) if mine is None else mine
-        agree("a gradient", mine, own, TOLERANCE / 10)
+    for yours, right in zip(found[2], wanted[2], strict=True):
+        yours = torch.zeros_like(right) if yours is None else yours
+        agree("a gradient", yours, right, TOLERANCE / 10)
 
 
-def compare_updates(update: Callable) -> None:
+def compare_updates(update: Callable, own: Callable) -> None:
     """The weights of policy and critic after the updates on one rollout, and the statistics."""
 
     def after(update):
@@ -148,10 +148,10 @@ def compare_updates(update: Callable) -> None:
         stats = update(*views, optimizer, copy.deepcopy(_wanted()), CONFIG, shuffle)
         return {kind: model.state_dict() for kind, model in trained.items()}, stats
 
-    (wanted, wanted_stats), (found, stats) = after(ppo_update), after(update)
+    (wanted, wanted_stats), (found, stats) = after(own), after(update)
     for kind, weights in wanted.items():
-        for name, own in weights.items():
-            agree(f"{name} of the {kind} model after the updates", found[kind][name], own, 1e-5)
+        for name, right in weights.items():
+            agree(f"{name} of the {kind} model after the updates", found[kind][name], right, 1e-5)
     names = ("loss/policy", "loss/value", "grad_norm/policy", "grad_norm/value")
     agree_all("what it returns", stats, {name: wanted_stats[name] for name in names})
 
