@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from tests.browser.lab import Lab, differences, missing
 
 LESSON = Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb"
