@@ -8,7 +8,7 @@
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone, two files at a time
 #   make mutants    put known wrong versions of the functions in place: each has to be noticed
-#   make sabotage   spoil the package, thrice for each notebook: its outputs have to show it (20 minutes)
+#   make sabotage   spoil the package, thrice for each notebook: its outputs have to show it (25 minutes)
 #   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
 #   make bench      one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
 #   make equal-time gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
