@@ -15,6 +15,7 @@
 #   make changes    what each change for speed brings, into docs/performance.md (15 minutes, 13 GB)
 #   make bounds     strain the reader and a long PPO run: each has a limit of memory (10 minutes)
 #   make faults     kill a short demo 50 times, resume each, compare every byte (15 minutes)
+#   make browser    run the notebooks in JupyterLab in Chromium; pictures go to pictures/
 #   make cuda       what can only be tested where there is a CUDA device
 #   make oracle     train_ppo against the exact optimum: 173 trainings (20 minutes)
 #   make notebooks  run the committed notebooks and compare their outputs
@@ -60,8 +61,8 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit mutants sabotage mutation bench \
-  equal-time changes bounds faults cuda oracle notebooks exercises staleness rebuild lint clean
+.PHONY: help demo seeds hh results data install test unit mutants sabotage mutation bench equal-time \
+  changes bounds faults browser cuda oracle notebooks exercises staleness rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -121,6 +122,9 @@ bounds: install
 
 faults: install
 	$(BIN)/python -m tests.faults --kills 50
+
+browser: install
+	$(BIN)/python -m tests.browser --out pictures
 
 cuda: install
 	$(BIN)/python -m pytest -q -m cuda tests/test_cuda.py

@@ -1,10 +1,13 @@
 """A lesson as its reader opens it: in JupyterLab, in a real browser."""
 
 import copy
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package tests.browser
 
 from tests.browser.lab import Lab, differences, missing
 

@@ -13,23 +13,27 @@ from urllib.request import urlopen
 
 START_SECONDS, RUN_SECONDS, SIZE = 120, 600, (1280, 1400)
 # JupyterLab's own objects, which it shows to a page's scripts when it is asked to.
+PANEL = "const [panel] = window.jupyterapp ? window.jupyterapp.shell.widgets('main') : [];"
 READY = """
-const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
 const session = panel && panel.sessionContext && panel.sessionContext.session;
 return Boolean(session && panel.context.isReady && session.kernel
     && session.kernel.status === "idle" && panel.context.path === arguments[0]);
 """
 RUN_ALL = """
 const done = arguments[arguments.length - 1];
+window.jupyterapp.shell.activateById(panel.id);
 window.jupyterapp.commands.execute("notebook:run-all-cells")
     .then(() => done(""), error => done(String(error)));
 """
-MODEL = "return window.jupyterapp.shell.currentWidget.content.model.toJSON();"
+MODEL = "return panel.content.model.toJSON();"
 SCROLL = """
-const box = window.jupyterapp.shell.currentWidget.node.querySelector(".jp-WindowedPanel-outer");
+const box = panel.node.querySelector(".jp-WindowedPanel-outer");
 box.scrollTop = arguments[0] * (box.clientHeight - 60);
 return box.scrollTop + box.clientHeight < box.scrollHeight - 2;
 """
+# It would ask whether to fetch news, and look for a newer version of itself.
+SETTINGS = "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+OFFLINE = '{"fetchNews": "false", "checkForUpdates": false}'
 
 
 def missing() -> str:
@@ -62,6 +66,9 @@ class Lab:
         # Settings of its own: not those of whoever runs this, and none of this for them to find.
         own = {f"JUPYTER_{x}_DIR": str(self.home / x) for x in ("CONFIG", "RUNTIME")}
         own |= {f"JUPYTERLAB_{x}_DIR": str(self.home / x) for x in ("SETTINGS", "WORKSPACES")}
+        settings = self.home / "SETTINGS" / SETTINGS
+        settings.parent.mkdir(parents=True)
+        settings.write_text(OFFLINE)
         own |= {"JUPYTER_PREFER_ENV_PATH": "1", "MINIPPO_MINE": "off"}
         with self.log.open("w") as log:
             self.server = subprocess.Popen(
@@ -82,21 +89,25 @@ class Lab:
     def run(self, name: str) -> dict:
         """Opens a notebook, runs all of its cells; returns it as JupyterLab holds it then."""
         self.driver.get(f"{self.url}/lab/tree/{name}?reset")
-        self._wait(name, lambda: self.driver.execute_script(READY, name))
+        self._wait(name, lambda: self._script(READY, name))
         self.driver.set_script_timeout(RUN_SECONDS)
-        if failure := self.driver.execute_async_script(RUN_ALL):
+        if failure := self.driver.execute_async_script(PANEL + RUN_ALL):
             raise RuntimeError(f"JupyterLab could not run {name}: {failure}")
-        return self.driver.execute_script(MODEL)
+        return self._script(MODEL)
 
     def pictures(self, stem: Path) -> list[Path]:
         """Pictures of the open notebook from top to bottom, a screen each: STEM-01.png and on."""
         files, more = [], True
         while more:
-            more = self.driver.execute_script(SCROLL, len(files))
+            more = self._script(SCROLL, len(files))
             time.sleep(0.5)  # cells are drawn when they come into sight
             files.append(stem.with_name(f"{stem.name}-{len(files) + 1:02d}.png"))
             self.driver.save_screenshot(str(files[-1]))
         return files
+
+    def _script(self, script: str, *arguments):
+        """What a script that looks at the open notebook, its `panel`, returns."""
+        return self.driver.execute_script(PANEL + script, *arguments)
 
     def _wait(self, what: str, holds) -> None:
         end = time.monotonic() + START_SECONDS
