@@ -98,7 +98,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call phase,install,$(INSTALL))
 
 unit: install
-	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests)
+	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 tests)
 
 mutants: install
 	$(BIN)/python -m tests.mutants.run
