@@ -86,7 +86,7 @@ def test_a_loss_is_compared_with_its_stats_and_gradients():
     assert "no gradient" in said(check_ppo_loss, lost(lambda loss, stats: (loss.detach(), stats)))
     # The right number, with the gradient of something else.
     turned = lost(lambda loss, stats: (2 * loss.detach() - loss, stats))
-    assert said(check_ppo_loss, turned).startswith("A gradient differs from minippo's")
+    assert said(check_ppo_loss, turned).startswith("A gradient of the policy differs from")
     assert "two things" in said(check_ppo_loss, lost(lambda loss, stats: loss))
     assert "a return may be missing" in said(check_ppo_loss, lost(lambda loss, stats: None))
 

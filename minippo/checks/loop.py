@@ -45,14 +45,14 @@ class Differs(Exception):
 class LoopCheck(Exercise):
     """The check of a function of the loop: `ppo_loss = check_ppo_loss(ppo_loss)`."""
 
-    compare: Callable[[Callable, Callable], None]  # yours and minippo's; raises Differs
+    compare: Callable[[Callable], None]  # yours with minippo's; raises Differs
 
     def judge(self, fn: Callable) -> Verdict:
         """What is to be said about a function; nothing is printed, saved or raised."""
         if verdict := self.prejudge(fn):
             return verdict
         try:
-            self.compare(fn, self.reference)
+            self.compare(fn)
         except Differs as difference:
             return self._wrong(str(difference))
         except Exception as error:  # whatever a student's function raises
@@ -130,7 +130,7 @@ def _wanted(config: PPOConfig = CONFIG):
     return _acting(check_collect_rollout.reference, config)
 
 
-def compare_rollouts(collect: Callable, own: Callable) -> None:
+def compare_rollouts(collect: Callable) -> None:
     """Every field of the two rollouts, with whitening and without."""
     for whiten in (True, False):
         config = replace(CONFIG, whiten_advantages=whiten)
@@ -145,9 +145,9 @@ def compare_rollouts(collect: Callable, own: Callable) -> None:
                 raise Differs(f"{difference}{f': {rule}' if rule else ''}") from None
 
 
-def compare_losses(loss_fn: Callable, own: Callable) -> None:
+def compare_losses(loss_fn: Callable) -> None:
     """Loss, statistics and gradients, for models that are not those of the rollout any more."""
-    wanted, found = _loss_parts(own), _loss_parts(loss_fn)
+    wanted, found = _wanted_loss_parts(), _loss_parts(loss_fn)
     agree("the loss", found[0], wanted[0].detach())
     names = ("loss/policy", "loss/value", "policy/approx_kl", "policy/clip_frac", "policy/ratio")
     names += ("value/clip_frac", "value/error")
@@ -176,13 +176,18 @@ def _loss_parts(loss_fn: Callable) -> tuple:
     return loss, stats, {kind: _gradients(model) for kind, model in trained.items()}
 
 
+@functools.cache
+def _wanted_loss_parts() -> tuple:
+    return _loss_parts(check_ppo_loss.reference)
+
+
 def _gradients(model) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-def compare_updates(update: Callable, own: Callable) -> None:
+def compare_updates(update: Callable) -> None:
     """The weights of policy and critic after the updates on one rollout, and the statistics."""
-    (wanted, wanted_stats), (found, stats) = _after(own), _after(update)
+    (wanted, wanted_stats), (found, stats) = _wanted_after(), _after(update)
     before = {"policy": _shipped()["policy"], "critic": _shipped()["value_model"]}
     for kind, weights in wanted.items():
         if all(torch.equal(found[kind][n], old) for n, old in before[kind].state_dict().items()):
@@ -204,6 +209,11 @@ def _after(update: Callable) -> tuple:
     stats = update(*given, optimizer, copy.deepcopy(_wanted()), CONFIG, shuffle)
     kinds = {"policy": "policy", "critic": "value_model"}
     return {kind: models[name].state_dict() for kind, name in kinds.items()}, stats
+
+
+@functools.cache
+def _wanted_after() -> tuple:
+    return _after(check_ppo_update.reference)
 
 
 check_collect_rollout = LoopCheck("collect_rollout", "rollout", compare_rollouts)
