@@ -250,7 +250,7 @@ check_kl_full = Check(
             ).sum(-1),
         ),
         Mistake(
-            "NaN was replaced after it had come up: the value is right then, and its gradient "
+            "the NaN was replaced after it had come up: the value is right then, its gradient "
             "NaN all the same; fill before you multiply",
             lambda logprobs_all, ref_logprobs_all: (
                 (logprobs_all.exp() * (logprobs_all - ref_logprobs_all)).nan_to_num().sum(-1)

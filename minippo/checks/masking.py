@@ -67,7 +67,7 @@ check_masked_mean = Check(
             lambda x, mask, dim=None: _filled(x, mask).sum(dim) / mask.sum(dim).clamp(min=1),
         ),
         Mistake(
-            "NaN was made 0 wherever it stands: at a token that counts it has to be seen, only "
+            "even NaN at a token that counts was made 0: it has to be seen there, only "
             "masked positions are filled",
             lambda x, mask, dim=None: (x.nan_to_num() * mask).sum(dim) / mask.sum(dim),
         ),
