@@ -16,7 +16,7 @@ from mutants import table
 from mutants.patching import find_function, wrong_version
 from torch.nn import functional
 
-from minippo import checks, hh
+from minippo import checks, hh, kl
 from minippo.checks import CHECKS, CheckFailed
 from minippo.checks.checking import RESULTS, Check
 
@@ -333,6 +333,13 @@ def test_a_further_parameter_with_a_default_is_allowed():
         return logprobs - ref_logprobs
 
     assert CHECKS["kl_k1"].judge(kl_k1).status == "solved"
+
+
+def test_a_package_that_is_wrong_itself_is_not_blamed_on_the_student(monkeypatch):
+    right = kl.kl_k3
+    monkeypatch.setattr(kl, "kl_k3", lambda a, b: right(b, a))
+    with pytest.raises(RuntimeError, match="minippo's own kl_k3 is wrong on a worked case"):
+        dataclasses.replace(CHECKS["kl_k3"])(right)
 
 
 def test_work_handed_to_minippo_is_no_solution():
