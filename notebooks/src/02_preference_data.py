@@ -575,7 +575,7 @@ plt.show()
 #
 # | as printed | as meant |
 # |---|---|
-# | split at two newlines, below an example with one | `rfind` gives −1; such a row is refused |
+# | tags after two newlines, below an example with one | `rfind` gives −1; such a row is refused |
 # | the history is taken from `chosen` | it has to be compared; rows where it differs are refused |
 # | $K(K-1)/2$ inputs $(x, y)$ make a batch | K inputs; the pairs are differences of their scores |
 # | the mean reward of the answers to x is V(x) | at the prompt; the critic needs V at every token |
