@@ -589,9 +589,10 @@ print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
 #
 # $$L_{SFT} = -\frac{\sum_t m_t \log \pi(y_t \mid x, y_{<t})}{\sum_t m_t}$$
 #
-# The query $x$ is read, not learned: the policy will never have to write questions. `lm_loss` makes the shift inside. We start from the *base* model, which has only
-# been pretrained on text, and take 24 steps in three ways: as it should be; with the query and the
-# response learned alike; and with the shift forgotten.
+# The query $x$ is read, not learned: the policy will never have to write questions. `lm_loss` makes
+# the shift inside. We start from the *base* model, which has only been pretrained on text, and take
+# 24 steps in three ways: as it should be; with the query and the response learned alike; and with
+# the shift forgotten.
 #
 # > **Predict.** Which of the three training losses falls most?
 #
