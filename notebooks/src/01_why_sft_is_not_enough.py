@@ -103,8 +103,8 @@ print("mean over everything:", token_losses.mean().item())
 # %% [markdown]
 # ## How to work
 #
-# - `notebooks/exercises/` has this notebook with the functions left for you to write. Under each
-#   stand three hints, from a nudge to nearly the line. Open one when you are stuck.
+# - `notebooks/exercises/` has this notebook with the functions left for you to write. With each
+#   come three hints, from a nudge to nearly the line. Open one when you are stuck.
 # - The cell after a function checks it. **Right**: it says so, and saves the function to
 #   `my_minippo.py` in the same folder, where later notebooks find it. **Wrong**: it shows a small
 #   input on which it is wrong, and names the mistake if it is a known one. **Not written yet**: the
@@ -314,8 +314,8 @@ for answer in demonstrations:
 #
 # ## By hand: a bad answer gains from a good one
 #
-# Three tokens: `<end>`, `sure`, `water`. Answers of two. We demonstrate *sure water* and watch
-# *sure <end>*, the answer that promises and says nothing. They share their first token. At the
+# Three tokens: `<end>`, `sure`, `water`. Answers of two. We demonstrate `sure water` and watch
+# `sure <end>`, the answer that promises and says nothing. They share their first token. At the
 # start all logits are 0: each probability is 1/3.
 #
 # The gradient of $\log p(\text{token})$ with respect to the logits is one-hot minus probabilities.
@@ -327,7 +327,7 @@ for answer in demonstrations:
 # second, after sure   -1/3    -1/3   +2/3      "water" was right
 # ```
 #
-# times $\eta$. What does that do to $\log p$ of *sure <end>*? Multiply each row by the gradient of
+# times $\eta$. What does that do to $\log p$ of `sure <end>`? Multiply each row by the gradient of
 # its own token:
 #
 # - first token, the shared `sure`: $\frac23 \cdot \frac23 + 2 \cdot \frac19 = +\frac23$
@@ -386,7 +386,7 @@ for answer in (good[0], *bad):
 #
 # <details><summary>Answer</summary>
 #
-# Both are more likely. They begin as the good answers do, like *sure <end>* by hand.
+# Both are more likely. They begin as the good answers do, like `sure <end>` by hand.
 #
 # </details>
 

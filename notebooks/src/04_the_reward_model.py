@@ -672,7 +672,7 @@ print(f"gold equal: the longer one scores higher in {longer_wins:.0%} of {int(le
 # "It depends." Where the gold scores are equal, length decides nothing. No length bias, it seems.
 #
 # But these are answers that the SFT model wrote. PPO will look everywhere for a higher score. So
-# change one thing by hand and look what happens, in answers the way nobody has written them:
+# change one thing by hand, in answers as nobody has written them, and look what happens:
 
 # %%
 question = "How do I grow sweet tomatoes?"
@@ -756,7 +756,7 @@ assert broken / 20 > share
 # %% [markdown]
 # ## What the note says, and what is meant
 #
-# | chapter 2.2 prints | meant | shown |
+# | as printed | as meant | shown |
 # |---|---|---|
 # | $\frac{1}{\binom K2} E[\ldots]$ | the factor once, on the sum over pairs | Claims, next cell |
 # | "R(x, y) = 0.9" | differences mean something, values do not | the fit from 5 |
