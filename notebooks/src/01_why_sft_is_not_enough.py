@@ -238,6 +238,8 @@ def batch_of(answers):
     return join([prompt] * len(answers), responses, tokenizer.pad_token_id)
 
 
+print(f"the prompt, {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
+
 # %%
 from minippo.tinyhh.annotator import judge
 
@@ -542,6 +544,8 @@ def weighted(weight):
 
 
 results = {weight: weighted(weight) for weight in (1.0, 0.0, -1.0)}
+print(f"{len(half_rude_answers)} demonstrations, {rude_length} rude tokens in each, such as:")
+print(half_rude_answers[0])
 
 # %%
 show("SFT model", sampled_sft)
