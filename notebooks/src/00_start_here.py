@@ -21,6 +21,10 @@
 # **The question.** A language model has learned to imitate a mixed crowd: helpful people, rude
 # people, people who help with anything. We can *judge* answers, but we cannot write the perfect one
 # for each question. How do we turn judgements into a better model?
+#
+# The course follows a Chinese note on RLHF with PPO, from here on *the note*, and implements all
+# that is in it. You do not need it. Where it is loose, as many texts on the subject are, a lesson
+# says what is meant.
 
 # %%
 import os

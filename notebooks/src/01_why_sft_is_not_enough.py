@@ -17,7 +17,7 @@
 # trained on good answers only, a model gives a bad answer *more* often; trained on a partly wrong
 # answer, it learns the wrong part as eagerly as the right one. At the end one number per token, a
 # weight that may be negative, mends both. **Needs.** Notebook 00, PyTorch basics, softmax and
-# logarithm. **Time.** 45 minutes, of which the computer needs less than one. Two exercises.
+# logarithm. **Time.** 55 minutes, of which the computer needs less than one. Two exercises.
 #
 # ## The question
 #
@@ -58,18 +58,19 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # A model $\pi$ (the **policy**) reads tokens and gives, for each position, a probability to every
 # token of the vocabulary as the next one. Take minus the logarithm of the probability of the token
 # that really comes next: the **token loss**. It is 0 where the model was certain and right. SFT
-# minimises the mean of the token losses over the answer:
+# minimises the mean of the token losses over the answer $y$ to a question $x$. The mask $m_t$ is 1
+# where token $t$ of the answer counts, else 0:
 #
-# $$L_{SFT} = -\frac{\sum_t m_{t+1} \log \pi(y_{t+1} \mid y_{\le t})}{\sum_t m_{t+1}}$$
+# $$L_{SFT} = -\frac{\sum_t m_t \log \pi(y_t \mid x, y_{<t})}{\sum_t m_t}$$
 #
 # | symbol | variable | shape | function |
 # |---|---|---|---|
-# | $y$ | `tokens` | `(B, T)` | `minippo.sft.join` puts question and answer together |
-# | $\pi(\cdot \mid y_{\le t})$ | `logits`, before the softmax | `(B, T, V)` | `token_logits` |
-# | $\log \pi(y_{t+1} \mid y_{\le t})$ | `logprobs` | `(B, R)` | `gather_logprobs` |
-# | $m$ | `loss_mask`, over all tokens | `(B, T)` | True where a token is to be learned |
-# | $m$ | `mask`, over the answer alone | `(B, R)` | True where a token of the answer counts |
-# | $\sum m x / \sum m$ | | `()` | `masked_mean` |
+# | $x$ and $y$ in one row | `tokens` | `(B, T)` | `minippo.sft.join` |
+# | $\pi(\cdot \mid x, y_{<t})$ | `logits`, before the softmax | `(B, T, V)` | `token_logits` |
+# | $\log \pi(y_t \mid x, y_{<t})$ | `logprobs` | `(B, R)` | `gather_logprobs` |
+# | $m_t$ | `mask`, over the answer | `(B, R)` | `minippo.sft.join` |
+# | False on $x$, $m_t$ on $y$ | `loss_mask`, over the row | `(B, T)` | |
+# | the quotient of the sums | | `()` | `masked_mean` |
 # | $L_{SFT}$ | `loss` | `()` | `lm_loss` |
 #
 # `B` rows in a batch, `T` tokens in a row, `R` of them in the answer, `V` words in the vocabulary.
@@ -100,14 +101,26 @@ print("mean over everything:", token_losses.mean().item())
 
 
 # %% [markdown]
+# ## How to work
+#
+# - `notebooks/exercises/` has this notebook with the functions left for you to write. With each
+#   come three hints, from a nudge to nearly the line. Open one when you are stuck.
+# - The cell after a function checks it. **Right**: it says so, and saves the function to
+#   `my_minippo.py` in the same folder, where later notebooks find it. **Wrong**: it shows a small
+#   input on which it is wrong, and names the mistake if it is a known one. **Not written yet**: the
+#   notebook goes on with minippo's own.
+# - The last cell counts what you have solved. `minippo grade NOTEBOOK.ipynb` in a terminal runs a
+#   notebook anew and gives a verdict on each exercise.
+#
 # ## Exercise 1: `masked_mean`
 #
 # Difficulty 1 of 5 · importance 5 of 5 · 5 to 10 minutes
 #
 # The mean of `x` where `mask` is True. With `dim=None` over everything, otherwise along that axis.
-# Every loss of this course goes through it. Two demands that the example above does not make:
+# Every loss of this course goes through it. Demands that the example above does not make:
 #
 # - What stands at a masked position must not matter at all, even if it is NaN.
+# - NaN at a position that counts has to be seen, and an empty mask gives NaN, not 0.
 # - It must be differentiable. So no loops, and no `.item()`.
 #
 # <details><summary>Hint 1: a nudge</summary>
@@ -149,10 +162,10 @@ assert masked_mean(token_losses, mask) == 3
 # %% [markdown]
 # ## Exercise 2: `lm_loss`
 #
-# Difficulty 3 of 5 · importance 5 of 5 · 10 to 15 minutes
+# Difficulty 3 of 5 · importance 5 of 5 · 15 to 25 minutes
 #
-# The formula above. Mind the **shift**: the logits at position $t$ come from a model that has read
-# the tokens up to $t$, so they predict the token at $t + 1$.
+# The formula above, on rows that hold question and answer. Mind the **shift**: the logits at a
+# position come from a model that has read the tokens up to there, so they predict the *next* one.
 #
 # ```text
 # position             0       1       2       3
@@ -224,6 +237,8 @@ def batch_of(answers):
     responses = [encode_response(tokenizer, answer) for answer in answers]
     return join([prompt] * len(answers), responses, tokenizer.pad_token_id)
 
+
+print(f"the prompt, {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
 
 # %%
 from minippo.tinyhh.annotator import judge
@@ -302,8 +317,8 @@ for answer in demonstrations:
 #
 # ## By hand: a bad answer gains from a good one
 #
-# Three tokens: `<end>`, `sure`, `water`. Answers of two. We demonstrate *sure water* and watch
-# *sure <end>*, the answer that promises and says nothing. They share their first token. At the
+# Three tokens: `<end>`, `sure`, `water`. Answers of two. We demonstrate `sure water` and watch
+# `sure <end>`, the answer that promises and says nothing. They share their first token. At the
 # start all logits are 0: each probability is 1/3.
 #
 # The gradient of $\log p(\text{token})$ with respect to the logits is one-hot minus probabilities.
@@ -315,7 +330,7 @@ for answer in demonstrations:
 # second, after sure   -1/3    -1/3   +2/3      "water" was right
 # ```
 #
-# times $\eta$. What does that do to $\log p$ of *sure <end>*? Multiply each row by the gradient of
+# times $\eta$. What does that do to $\log p$ of `sure <end>`? Multiply each row by the gradient of
 # its own token:
 #
 # - first token, the shared `sure`: $\frac23 \cdot \frac23 + 2 \cdot \frac19 = +\frac23$
@@ -371,6 +386,12 @@ for answer in (good[0], *bad):
 # %% [markdown]
 # > **Predict.** After twenty steps on the good answers: is `Sure!`, and nothing more, less likely
 # > than before, or more? And saying the same thing twice?
+#
+# <details><summary>Answer</summary>
+#
+# Both are more likely. They begin as the good answers do, like `sure <end>` by hand.
+#
+# </details>
 
 # %%
 history = [log_p(sft, bad)]  # (2,), one for each bad answer
@@ -382,9 +403,9 @@ for i, answer in enumerate(bad):
 
 
 # %% [markdown]
-# Training on good answers only made both bad ones several times as likely. To see why, split the
-# second one where it leaves the good answer. (A difference of log-probabilities is counted in
-# *nats*, one for each factor $e$.)
+# Training on good answers only made the bad ones ten and almost eighty times as likely. To see why,
+# split the second one where it leaves the good answer. (A difference of log-probabilities is
+# counted in *nats*, one for each factor $e$.)
 
 # %%
 def parts_of(model, answer, beginning):
@@ -427,9 +448,10 @@ plt.show()
 
 # %% [markdown]
 # The token loss only looks back. It raises the beginning of a good answer without knowing how the
-# answer goes on, so it raises the beginning of every answer that begins alike. The note that this
-# course follows has the sentence *you are a student, how nice that would be*: "you are a student"
-# is always learned as something to say.
+# answer goes on, so it raises the beginning of every answer that begins alike. The rest hardly
+# moves at first and then falls, too late. The note's example is the wish *you are a student, how
+# nice that would be* (the Chinese words come in this order): its beginning is learned as a
+# statement.
 #
 # Is SFT useless then? No. Sample from both models and let the annotator judge:
 
@@ -496,12 +518,12 @@ plt.show()
 #
 # Give each token a weight $w_t$:
 #
-# $$L = -\frac{\sum_t m_t \, w_t \log \pi(y_t \mid y_{<t})}{\sum_t m_t}$$
+# $$L = -\frac{\sum_t m_t \, w_t \log \pi(y_t \mid x, y_{<t})}{\sum_t m_t}$$
 #
 # With $w_t = 1$ this is SFT. With $w_t = 0$ a token is read but not learned. With $w_t < 0$ the
 # sign of the gradient turns: the token becomes *less* likely. `train` has had the argument all
-# along.
-# Six demonstrations, helpful but rude at the start; only the weight of the rude tokens differs:
+# along. Six demonstrations, helpful but rude at the start; only the weight of the rude tokens
+# differs:
 
 # %%
 half_rude_answers = [answer.replace("Sure!", rude) for answer in good]
@@ -522,6 +544,8 @@ def weighted(weight):
 
 
 results = {weight: weighted(weight) for weight in (1.0, 0.0, -1.0)}
+print(f"{len(half_rude_answers)} demonstrations, {rude_length} rude tokens in each, such as:")
+print(half_rude_answers[0])
 
 # %%
 show("SFT model", sampled_sft)
@@ -543,9 +567,10 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and leaves the insult
-# about as likely as it was: cleaner demonstrations would do the same. Weight −1 says no, which no
-# demonstration can, and the rude answers are nearly gone.
+# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets the insult
+# be: it becomes only a third less likely. Weight −1 says no, which no demonstration can, and the
+# rude answers are nearly gone. (Six good demonstrations crowded them out, too, further up. But
+# those had to be written; these six are all rude.)
 #
 # This is the whole idea of the course. PPO keeps this loss, nearly; its weight is called the
 # **advantage** $A_t$: how much better it went than expected. The rest is about where
@@ -627,8 +652,7 @@ assert fall < 0
 #
 # ## What the note says, and what is meant
 #
-# The first chapter of the note is right in its main points, which you have just measured. Three of
-# its sentences are loose:
+# You have just measured the main points of its first chapter. Three of its sentences are loose:
 #
 # | as printed | as meant |
 # |---|---|
@@ -642,10 +666,12 @@ assert fall < 0
 
 # %%
 more_likely = bool((history[-1] > history[0] + 1).all())
-by_beginning = bool(parts[-1, 0] > 3 and parts[-1, 1] < 0)
+begun = {"Sure!": "Sure!", twice: shared}  # each bad answer and its shared beginning
+moved = torch.stack([parts_of(only_good, *pair) - parts_of(sft, *pair) for pair in begun.items()])
+by_beginning = bool((moved[:, 0] > 1).all() and (moved[:, 1] < 0).all())
 mean_rose = sampled_good["gold"] > sampled_sft["gold"] + 1
 print("bad answers more likely after SFT on good ones:", more_likely)
-print("by their shared beginning, not by the rest:", by_beginning)
+print("in the end by their shared beginning, not by the rest:", by_beginning)
 print("the mean gold score rose nevertheless:", mean_rose)
 assert more_likely and by_beginning and mean_rose
 
@@ -663,8 +689,8 @@ assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rud
 # 2. What would happen to the curve of the bad answer if you trained for very long?
 # 3. Two answers in a batch, of 3 and of 30 tokens. How much of `lm_loss` comes from each, if all
 #    token losses are equal? And with a mean of row means?
-# 4. With $w_t = 0$ on the rude tokens the insult stayed about as likely as before. Why did the good
-#    advice after it not help against it?
+# 4. With $w_t = 0$ on the rude tokens the insult lost 0.4 nats, with $w_t = -1$ it lost 8. Why did
+#    the good advice after it hardly help against it?
 # 5. Why can a loss with negative weights fall without end?
 #
 # <details><summary>Answers</summary>

@@ -76,7 +76,7 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES
 # | $s_1 \ldots s_K$, best first | `scores` | `(B, K)` | `score_responses` |
 # | $L_{ranking}$, mean over the prompts | `loss` | `()` | `ranking_loss` |
 #
-# The note that this course follows prints $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
+# The note prints $L = -\frac{1}{\binom K2} E[\log \sigma(\ldots)]$. An
 # expectation over pairs is a mean already: divided by the number of pairs once more it is
 # $\binom K2$ times too small. The factor belongs once, to the sum over the pairs of a prompt.
 #
@@ -489,8 +489,15 @@ for name, (units, per_step) in ways.items():
 
 # %% [markdown]
 # Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Each way trains a
-# fresh reward model for three epochs. Watch the loss on the rankings that are held out. Before you
-# run it, guess: when is each of the three at its best, and which is the worst after three epochs?
+# fresh reward model for three epochs. Watch the loss on the rankings that are held out.
+#
+# > **Predict.** When is each of the three at its best, and which is the worst after three epochs?
+#
+# <details><summary>Answer</summary>
+#
+# All are at their best after about one epoch or before. The small shuffled steps end worst.
+#
+# </details>
 
 
 # %%
@@ -665,7 +672,7 @@ print(f"gold equal: the longer one scores higher in {longer_wins:.0%} of {int(le
 # "It depends." Where the gold scores are equal, length decides nothing. No length bias, it seems.
 #
 # But these are answers that the SFT model wrote. PPO will look everywhere for a higher score. So
-# change one thing by hand and look what happens, in answers the way nobody has written them:
+# change one thing by hand, in answers as nobody has written them, and look what happens:
 
 # %%
 question = "How do I grow sweet tomatoes?"
@@ -700,15 +707,18 @@ plt.show()
 
 # %% [markdown]
 # There it is. The annotator takes points off for saying the same thing twice; the reward model pays
-# for it, because no answer in its data ever did that. In its data more tips meant a better answer.
-# The correlation could not show this: a bias that the data do not contain is not in the data. PPO
-# can find it, and the KL penalty of notebook 05 is what keeps it near the texts on which the reward
-# model knows its business.
+# for it. The crowd, whose answers its data imitate, never gives a tip twice, and more tips meant a
+# better answer. The polite phrase is milder: not paid for, but hardly noticed. Three times cost 1.5
+# points of gold and next to nothing of the score. The correlation could show none of this: on texts
+# that the data do not contain, they say nothing. PPO can find such texts, and the KL penalty of
+# notebook 05 is what keeps it near those on which the reward model knows its business.
 
 # %%
 again, phrase = (values for values in probes.values())
 print("the tip four times instead of once: score up, gold down")
 assert again[3][0] > again[0][0] + 0.4 and again[3][1] < again[0][1] - 1
+print("the polite phrase three times: score the same within 0.3, gold down")
+assert abs(phrase[3][0] - phrase[0][0]) < 0.3 and phrase[3][1] < phrase[0][1] - 1
 assert within_prompts(lengths, gold) > 0.2 and 0.3 < longer_wins < 0.7
 
 # %% [markdown]
@@ -746,7 +756,7 @@ assert broken / 20 > share
 # %% [markdown]
 # ## What the note says, and what is meant
 #
-# | chapter 2.2 prints | meant | shown |
+# | as printed | as meant | shown |
 # |---|---|---|
 # | $\frac{1}{\binom K2} E[\ldots]$ | the factor once, on the sum over pairs | Claims, next cell |
 # | "R(x, y) = 0.9" | differences mean something, values do not | the fit from 5 |
