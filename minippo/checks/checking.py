@@ -204,15 +204,23 @@ class Check(Exercise):
         return Trial(kind, arguments, expected, differentiable)
 
     def _worked(self, case: Case) -> Trial:
-        """The types are those of minippo's own function, the numbers those of the case."""
+        """The types are those of minippo's own function, the numbers those of the case.
+
+        Raises RuntimeError if the two disagree: whoever is checked is not the one who is wrong.
+        """
         arguments = {name: as_tensor(value) for name, value in case.arguments.items()}
         kind = "edge" if case.edge else "worked"
+        own = observe(self.reference, arguments, self.outputs)
         if isinstance(case.expected, Exception):
-            return Trial(kind, arguments, Observation(raised=case.expected))
-        own = observe(self.reference, arguments, self.outputs).outputs
-        by_hand = named_outputs(case.expected, self.outputs)
-        outputs = {name: _typed(value, own[name]) for name, value in by_hand.items()}
-        return Trial(kind, arguments, Observation(outputs), (), case.rtol, case.atol)
+            expected = Observation(raised=case.expected)
+        else:
+            by_hand = named_outputs(case.expected, self.outputs).items()
+            expected = Observation({n: _typed(x, own.outputs.get(n)) for n, x in by_hand})
+        trial = Trial(kind, arguments, expected, (), case.rtol, case.atol)
+        if saying.differences(trial, own):
+            broken = f"minippo's own {self.name} is wrong on a worked case: it was changed"
+            raise RuntimeError(f"{broken}; install minippo anew\n{saying.details(trial, own)}")
+        return trial
 
     def _with_gradient(self, case: Case) -> Trial:
         trial = self._worked(case)

@@ -117,9 +117,10 @@ print("mean over everything:", token_losses.mean().item())
 # Difficulty 1 of 5 · importance 5 of 5 · 5 to 10 minutes
 #
 # The mean of `x` where `mask` is True. With `dim=None` over everything, otherwise along that axis.
-# Every loss of this course goes through it. Two demands that the example above does not make:
+# Every loss of this course goes through it. Demands that the example above does not make:
 #
 # - What stands at a masked position must not matter at all, even if it is NaN.
+# - NaN at a position that counts has to be seen, and an empty mask gives NaN, not 0.
 # - It must be differentiable. So no loops, and no `.item()`.
 #
 # <details><summary>Hint 1: a nudge</summary>
@@ -236,6 +237,8 @@ def batch_of(answers):
     responses = [encode_response(tokenizer, answer) for answer in answers]
     return join([prompt] * len(answers), responses, tokenizer.pad_token_id)
 
+
+print(f"the prompt, {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
 
 # %%
 from minippo.tinyhh.annotator import judge
@@ -541,6 +544,8 @@ def weighted(weight):
 
 
 results = {weight: weighted(weight) for weight in (1.0, 0.0, -1.0)}
+print(f"{len(half_rude_answers)} demonstrations, {rude_length} rude tokens in each, such as:")
+print(half_rude_answers[0])
 
 # %%
 show("SFT model", sampled_sft)
