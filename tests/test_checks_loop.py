@@ -51,6 +51,29 @@ def test_a_rollout_is_compared_field_by_field():
     short = collected(lambda r: replace(r, values=r.values[:, :-1]))
     assert said(check_collect_rollout, short).startswith("Values has the shape (16, ")
     assert "yours is Tensor" in said(check_collect_rollout, collected(lambda r: r.values))
+    assert "a return may be missing" in said(check_collect_rollout, collected(lambda r: None))
+
+
+def test_a_rollout_that_forgets_a_setting_or_gives_a_wrong_one_is_told_the_rule():
+    def acting(change):
+        def collect(*models_and_data, **named):
+            *models, score_fn, prompts, tokenizer, config = models_and_data
+            score_fn, config = change(score_fn, config, named["score_stats"][1])
+            return OWN["acts"](*models, score_fn, prompts, tokenizer, config, **named)
+
+        return said(check_collect_rollout, collect)
+
+    def fine(std):
+        return lambda score_fn, c, _: (score_fn, replace(c, missing_eos_penalty=std))
+
+    forgotten = acting(fine(0.0))
+    assert "Scores differs" in forgotten and "a missing EOS costs its penalty" in forgotten
+    first = acting(lambda f, c, std: fine(c.missing_eos_penalty / std)(f, c, std))
+    assert "raw scores are standardised first" in first
+    length = acting(lambda f, c, _: (lambda x, m, n: f(x, m, c.max_response_tokens), c))
+    assert "Raw_scores differs" in length and "the length of the query" in length
+    whitened = acting(lambda f, c, _: (f, replace(c, whiten_advantages=True)))
+    assert "Advantages differs" in whitened and "config.whiten_advantages" in whitened
 
 
 def test_a_loss_is_compared_with_its_stats_and_gradients():
@@ -59,12 +82,30 @@ def test_a_loss_is_compared_with_its_stats_and_gradients():
 
     assert "The loss differs" in said(check_ppo_loss, lost(lambda loss, stats: (2 * loss, stats)))
     bare = lost(lambda loss, stats: (loss, {}))
-    assert said(check_ppo_loss, bare).startswith("The stats has no loss/policy")
+    assert "to have 'loss/policy'; yours has nothing" in said(check_ppo_loss, bare)
     assert "no gradient" in said(check_ppo_loss, lost(lambda loss, stats: (loss.detach(), stats)))
     # The right number, with the gradient of something else.
     turned = lost(lambda loss, stats: (2 * loss.detach() - loss, stats))
-    assert said(check_ppo_loss, turned).startswith("A gradient differs from minippo's")
+    assert said(check_ppo_loss, turned).startswith("A gradient of the policy differs from")
     assert "two things" in said(check_ppo_loss, lost(lambda loss, stats: loss))
+    assert "a return may be missing" in said(check_ppo_loss, lost(lambda loss, stats: None))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"vf_coef": 1.0}, {"clip_range": 0.2}, {"value_clip_range": 0.15}]
+)
+def test_no_setting_of_the_loss_may_be_a_default_or_that_of_the_other_loss(setting):
+    def lost(*given):
+        return OWN["loses"](*given[:-1], replace(given[-1], **setting))
+
+    assert said(check_ppo_loss, lost).startswith("The loss differs")
+
+
+def test_a_loss_that_asks_the_policy_without_gradient_is_told_so():
+    def lost(policy, *given):
+        return OWN["loses"](policy.requires_grad_(False), *given)
+
+    assert said(check_ppo_loss, lost).startswith("No gradient reaches the policy")
 
 
 def test_updates_are_compared_by_what_they_leave_in_the_weights():
@@ -72,7 +113,17 @@ def test_updates_are_compared_by_what_they_leave_in_the_weights():
         *rest, config, generator = given
         return OWN["moves"](*rest, replace(config, ppo_epochs=1), generator)
 
-    assert "of the policy model after the updates differs" in said(check_ppo_update, once)
+    assert "of the policy after the updates differs" in said(check_ppo_update, once)
+    assert "The policy did not move" in said(check_ppo_update, lambda *given: {"loss/policy": 0.0})
+
+
+def test_updates_have_to_return_means():
+    def returned(change):
+        return lambda *given: change(OWN["moves"](*given))
+
+    assert "a return may be missing" in said(check_ppo_update, returned(lambda stats: None))
+    sums = returned(lambda stats: {name: 6 * value for name, value in stats.items()})
+    assert said(check_ppo_update, sums).startswith("'loss/policy' of what it returns differs")
 
 
 def test_what_is_unwritten_borrowed_or_raises_is_said_to_be_so():
@@ -85,7 +136,7 @@ def test_what_is_unwritten_borrowed_or_raises_is_said_to_be_so():
     assert check_ppo_loss.judge(ppo_loss).status == "unwritten"
     assert check_ppo_loss.judge(ppo.ppo_loss).status == "unwritten"
     assert "calls minippo's own" in said(check_ppo_loss, handed_on)
-    assert "raises ZeroDivisionError" in said(check_ppo_loss, lambda *given: 1 / 0)
+    assert "raises ZeroDivisionError in its line 1" in said(check_ppo_loss, lambda *given: 1 / 0)
 
 
 def test_numbers_agree_to_rounding_and_their_place_is_told():

@@ -62,6 +62,8 @@ tokenizer = load_tokenizer("base")
 ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
 config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=len(tokenizer), **ids)
 theirs = GPT2LMHeadModel(config).eval()
+
+# %%
 theirs.save_pretrained(folder / "gpt2")
 tokenizer.save_pretrained(folder / "gpt2")
 ours = load_policy(folder / "gpt2")
@@ -93,10 +95,11 @@ stranger.mkdir()
 torch.save(theirs.state_dict(), stranger / "pytorch_model.bin")
 
 
+# %%
 def said_by(load, path):
     """What the refusal says, without the path."""
     try:
-        load(path)
+        load(str(path))
     except ValueError as error:
         return str(error).replace(str(path), "FOLDER")
     return "nothing: it was loaded"
@@ -116,6 +119,8 @@ liar.mkdir()
 settings = json.loads((folder / "gpt2" / "config.json").read_text())
 (liar / "config.json").write_text(json.dumps(settings | {"n_embd": 10**6, "n_layer": 10**3}))
 (liar / "model.safetensors").write_bytes((folder / "gpt2" / "model.safetensors").read_bytes())
+
+# %%
 began = time.perf_counter()
 refusal = said_by(load_policy, liar)
 print("refused in less than 5 seconds:", time.perf_counter() - began < 5)
@@ -137,6 +142,8 @@ same = good | {"rejected": good["chosen"]}
 other = good | {"rejected": "\n\nHuman: Soup?\n\nAssistant: No."}
 lines = [json.dumps(row) for row in (good, same, other)] + ['{"chosen": "\\n\\nHuman: cut']
 (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+
+# %%
 rows, report = load_preferences(folder / "rows.jsonl", on_error="skip")
 print(rows[0]["instruction"], "|", rows[0]["chosen"], "|", rows[0]["rejected"])
 print({kind: count for kind, count in report.refused.items() if count})
@@ -183,10 +190,14 @@ policy = load_policy("sft")
 reward_model = frozen_copy(RewardModel.load("reward"))
 ref_policy, value_model = frozen_copy(policy), ValueModel.from_reward_model(reward_model)
 optimizer = adamw({"policy": policy, "value": value_model}, {"policy": 1e-5, "value": 1e-5})
+
+# %%
 for model in (policy, value_model):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 optimizer.step()
+
+# %%
 everything = [p for m in (policy, ref_policy, value_model, reward_model) for p in m.parameters()]
 everything += [p.grad for p in everything if p.grad is not None]
 everything += [x for moments in optimizer.state.values() for x in moments.values() if x.dim()]
@@ -216,6 +227,8 @@ limits = {"batch_size": 64, "minibatch_size": 32, "micro_batch_size": 16}
 ppo = PPOConfig(**limits, ppo_epochs=1)
 questions = prompt_rows("ppo", 64)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in questions]
+
+# %%
 models = (policy, ref_policy, value_model, reward_model)
 rollout = collect_rollout(*models, prompts, tokenizer, ppo)
 real, places = int(rollout.attention_mask.sum()), rollout.attention_mask.numel()
@@ -224,9 +237,9 @@ print(f"{places} places, {real} real tokens, {counted} of them in answers")
 print(f"padding: {1 - real / places:.0%}; logits that a loss needs: {counted / places:.0%}")
 
 # %% [markdown]
-# minippo therefore packs: each row begins with its first real token, rows of similar length share a
-# micro-batch, and only the positions that predict a counted token go through the vocabulary
-# projection. The numbers are the same, the work is less.
+# minippo therefore packs, in three ways. Each row begins with its first real token; rows of similar
+# length share a micro-batch; and only the positions that predict a counted token go through the
+# vocabulary projection. The numbers are the same, the work is less.
 
 # %%
 from minippo.models import counted_logits, response_logits
@@ -235,30 +248,41 @@ packed = rollout.packed
 padded = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
 with torch.no_grad():
     difference = (counted_logits(policy, packed) - response_logits(policy, *padded)[rollout.mask])
-print("places of the backbone:", places, "->", packed.tokens.numel())
 print("the logits agree to 1e-4:", bool(difference.abs().max() < 1e-4))
 assert difference.abs().max() < 1e-4
+
+
+# %%
+def parts():
+    """The rows in groups of 16, similar lengths together."""
+    return [rollout.rows(indices).packed for indices, _ in rollout.by_length(16)]
+
+
+grouped = sum(part.tokens.numel() for part in parts())
+print(f"places of the backbone: {places} padded, {packed.tokens.numel()} without padding on the "
+      f"left, {grouped} in groups of like length")  # fmt: skip
+print("places of the projection:", rollout.mask.numel(), "->", packed.targets.numel())
+assert real <= grouped < packed.tokens.numel() < places
 
 
 # %% [markdown]
 # And the time? One backward pass either way, three times each, the faster one counts. (The seconds
 # are this machine's; the claim below them is not.)
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def seconds(logits):
     began = time.perf_counter()
     logits().logsumexp(-1).sum().backward()
     return time.perf_counter() - began
 
 
-ways = {"padded": lambda: response_logits(policy, *padded), "packed": lambda: packed_logits()}
-
-
 def packed_logits():
-    parts = [rollout.rows(rows).packed for rows, _ in rollout.by_length(16)]
-    return torch.cat([counted_logits(policy, part) for part in parts])
+    return torch.cat([counted_logits(policy, part) for part in parts()])
 
 
+ways = {"padded": lambda: response_logits(policy, *padded), "packed": packed_logits}
+
+# %% tags=["nbval-ignore-output"]
 times = {name: min(seconds(way) for _ in range(3)) for name, way in ways.items()}
 print({name: round(spent, 3) for name, spent in times.items()})
 
@@ -312,6 +336,7 @@ SFT = ["minippo", "sft", "--steps", "12", "--save-every", "2", "--batch-size", "
 SFT += ["--micro-batch-size", "16", "--device", "cpu", "--out", str(folder)]
 
 
+# %%
 def start(name, *options, launcher=("-m",)):
     """The command in a process of its own, its output kept."""
     command = [sys.executable, *launcher, *SFT, "--name", name, *options]
@@ -348,8 +373,9 @@ def metrics(name):
     return (folder / name / "metrics.jsonl").read_bytes()
 
 
-assert weights("killed") == weights("whole") and metrics("killed") == metrics("whole")
-print("after --resume, weights and metrics have the same bytes:", True)
+equal = weights("killed") == weights("whole"), metrics("killed") == metrics("whole")
+print("after --resume the same bytes: weights {}, metrics {}".format(*equal))
+assert all(equal)
 
 # %% [markdown]
 # The checkpoint holds everything that the next step depends on: weights, Adam's moments, the place
