@@ -432,7 +432,7 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# On the left `kl` and `k3` lie on each other at 1; `mse` falls to 0.9, and `abs` would be far above
+# On the left `kl` and `k3` lie on each other at 1; `mse` falls below 0.9, and `abs` would be far above
 # the picture. On the right `kl` and `k3` cross, where the policy has moved by about half a nat:
 
 # %%
@@ -555,7 +555,7 @@ assert torch.isclose(rewards.sum(), torch.tensor(0.6))
 # The KL can stand in two places, and it is not the same in both.
 #
 # - **In the reward** it is a number, like the score. The **policy gradient**, the rule by which PPO
-#   learns from rewards (notebook 07), needs no more: the log-probability of each sampled token is
+#   learns from rewards (notebook 06), needs no more: the log-probability of each sampled token is
 #   raised in proportion to the reward that is paid from that token on, and lowered where the sum
 #   is negative. The estimator itself is never differentiated.
 # - **In the loss** the estimator *is* differentiated, at the sampled tokens, which are taken as
