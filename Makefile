@@ -8,6 +8,7 @@
 #   make test       everything that must hold: unit, notebooks, exercises, staleness
 #   make unit       the unit tests alone, two files at a time
 #   make mutants    put known wrong versions of the functions in place: each has to be noticed
+#   make sabotage   spoil the package, thrice for each notebook: its outputs have to show it (25 minutes)
 #   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
 #   make bench      one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
 #   make equal-time gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
@@ -60,7 +61,7 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit mutants mutation bench equal-time \
+.PHONY: help demo seeds hh results data install test unit mutants sabotage mutation bench equal-time \
   changes bounds faults browser cuda oracle notebooks exercises staleness rebuild lint clean
 
 help:
@@ -97,10 +98,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call phase,install,$(INSTALL))
 
 unit: install
-	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests)
+	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 tests)
 
 mutants: install
 	$(BIN)/python -m tests.mutants.run
+
+sabotage: install
+	$(BIN)/python -m tests.sabotage
 
 mutation: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt mutmut

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package tests.benchmarks
 
-from tests.benchmarks import tables
+from tests.benchmarks import profile, tables
 from tests.benchmarks.__main__ import benchmark, page_text
 from tests.benchmarks.changes import CHANGES
 from tests.benchmarks.command import TRL_VERSION, CannotRun, check_sides, installed, run
@@ -382,3 +382,33 @@ def test_a_change_taken_back_changes_no_result(change):
     (rollout, metrics), (other, others) = found
     assert torch.equal(rollout.response, other.response)
     assert others == pytest.approx(metrics, rel=1e-3, abs=1e-4)
+
+
+def test_a_profile_adds_up_and_leaves_nothing_out():
+    ours = {"aten::mm": 2.0, "aten::addmm": 1.0, "aten::gelu": 0.5, "aten::new_operation": 0.25}
+    kinds = profile.by_kind(ours)
+    assert kinds["products with weights"] == 3.0 and kinds["everything else"] == 0.25
+    assert kinds["together"] == 3.75
+    table = profile.profile_table({"ours": ours, "trl": {"aten::_fused_adamw_": 7.0}})
+    assert "| seconds in | minippo | TRL |" in table and "| AdamW | 0.0 | 7.0 |" in table
+
+
+def test_only_the_last_turn_is_profiled():
+    class Seen:
+        began = 0
+
+        def begin(self):
+            self.began += 1
+
+        def end(self, **facts):
+            self.facts = facts
+
+    turns = Seen()
+    profiled = profile.Profiled(turns, 2)
+    for operations in (set(), {"aten::mm"}):
+        profiled.begin()
+        torch.ones(4, 4) @ torch.ones(4, 4)
+        profiled.end(lengths=[])
+        assert operations <= set(turns.facts["operations"]) and set(turns.facts) == {"operations"}
+        assert bool(turns.facts["operations"]) == bool(operations)
+    assert turns.began == 2

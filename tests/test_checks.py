@@ -16,7 +16,7 @@ from mutants import table
 from mutants.patching import find_function, wrong_version
 from torch.nn import functional
 
-from minippo import checks, hh
+from minippo import checks, hh, kl
 from minippo.checks import CHECKS, CheckFailed
 from minippo.checks.checking import RESULTS, Check
 
@@ -123,10 +123,9 @@ def response_mask_by_loops(response, eos_id):
     return torch.tensor([[t <= end for t in range(len(rows[0]))] for end in ends])
 
 
-def kl_full_by_xlogy(logprobs_all, ref_logprobs_all):
-    return torch.special.xlogy(logprobs_all.exp(), logprobs_all.exp()).sum(-1) - (
-        logprobs_all.exp() * ref_logprobs_all
-    ).sum(-1)
+def kl_full_by_a_floor(logprobs_all, ref_logprobs_all):
+    floor = torch.finfo(logprobs_all.dtype).min
+    return (logprobs_all.exp() * (logprobs_all.clamp(min=floor) - ref_logprobs_all)).sum(-1)
 
 
 OTHER_WAYS = {
@@ -136,7 +135,7 @@ OTHER_WAYS = {
     "preference_loss": preference_loss_by_cross_entropy,
     "policy_loss": policy_loss_over_picked_tokens,
     "response_mask": response_mask_by_loops,
-    "kl_full": kl_full_by_xlogy,
+    "kl_full": kl_full_by_a_floor,
 }
 
 
@@ -336,6 +335,13 @@ def test_a_further_parameter_with_a_default_is_allowed():
     assert CHECKS["kl_k1"].judge(kl_k1).status == "solved"
 
 
+def test_a_package_that_is_wrong_itself_is_not_blamed_on_the_student(monkeypatch):
+    right = kl.kl_k3
+    monkeypatch.setattr(kl, "kl_k3", lambda a, b: right(b, a))
+    with pytest.raises(RuntimeError, match="minippo's own kl_k3 is wrong on a worked case"):
+        dataclasses.replace(CHECKS["kl_k3"])(right)
+
+
 def test_work_handed_to_minippo_is_no_solution():
     def parse_pair(row):
         return hh.parse_pair(row)
@@ -362,14 +368,251 @@ def test_a_row_that_has_to_be_refused_is_told_with_the_kind():
     assert "BadPair with reason 'diverging_history'; yours accepts it" in text
 
 
-def test_a_history_of_tuples_is_as_good_as_one_of_lists():
-    check = CHECKS["parse_pair"]
+def changed_field(name, field, change):
+    """The message on a function that is right but for one of its stats."""
 
-    def parse_pair(row):
-        pair = check.reference(row)
-        return pair | {"history": [tuple(turn) for turn in pair["history"]]}
+    def student(*given):
+        loss, stats = CHECKS[name].reference(*given)
+        return loss, stats | {field: change(stats[field])}
 
-    assert check.judge(written_as(check, parse_pair)).status == "solved"
+    return message(name, written_as(CHECKS[name], student))
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("policy_loss", "approx_kl"), ("value_loss", "clip_frac")]
+)
+def test_a_wrong_stat_is_named_and_the_right_loss_is_not(name, field):
+    text = changed_field(name, field, lambda x: x + 0.25)
+    assert f"`stats['{field}']` is not what it has to be" in text and "`loss`" not in text
+
+
+def test_wrong_returns_are_named_and_right_advantages_are_not():
+    def student(*given):
+        advantages, returns = CHECKS["gae"].reference(*given)
+        return advantages, returns + 0.25 * given[2]
+
+    text = message("gae", written_as(CHECKS["gae"], student))
+    assert "`returns` is not what it has to be" in text and "`advantages`" not in text
+
+
+def test_a_wrong_gradient_of_right_values_is_named_as_a_gradient():
+    def student(logprobs_all, ref_logprobs_all):
+        right = CHECKS["kl_full"].reference(logprobs_all, ref_logprobs_all)
+        return right.detach() + 2 * (right - right.detach())
+
+    text = message("kl_full", written_as(CHECKS["kl_full"], student))
+    assert "The values are right, the gradient is not. The gradient with respect to" in text
+
+
+def test_no_factor_is_said_of_a_rare_input_or_of_next_to_1():
+    right = CHECKS["preference_loss"].reference
+
+    def student(chosen_scores, rejected_scores, margin=None):
+        return right(chosen_scores, rejected_scores, margin).clamp(max=50)
+
+    text = message("preference_loss", student)
+    assert "this rare input is not. `loss` is not what it has to be." in text
+    nearly = written_as(CHECKS["kl_k1"], lambda a, b: (a - b) * 1.0003)
+    assert "`result` is not what it has to be." in message("kl_k1", nearly)
+
+
+def test_several_changed_arguments_are_told_in_the_plural_and_a_dict_is_no_tensor():
+    check = CHECKS["kl_k2"]
+
+    def changes_both(logprobs, ref_logprobs):
+        result = check.reference(logprobs, ref_logprobs)
+        for x in (logprobs, ref_logprobs):
+            if not x.requires_grad:
+                x.add_(1)
+        return result
+
+    text = message("kl_k2", written_as(check, changes_both))
+    assert "its arguments `logprobs`, `ref_logprobs` in place; make a new tensor instead" in text
+
+    def takes_out(row):
+        pair = CHECKS["parse_pair"].reference(row)
+        row.pop("chosen")
+        return pair
+
+    text = message("parse_pair", written_as(CHECKS["parse_pair"], takes_out))
+    assert "its argument `row` in place; make a new dict instead" in text
+
+
+def test_inputs_that_differ_are_shown_with_the_digits_in_which_they_do():
+    cancels = next(m for m in CHECKS["kl_k3"].mistakes if "the digits cancel" in m.sentence)
+    text = message("kl_k3", written_as(CHECKS["kl_k3"], cancels.wrong))
+    given = re.findall(r"logprobs = \[\[(.*?)\]\]", text)
+    assert len(given) == 2 and given[0] != given[1]
+
+
+# Mistakes as a student writes them: the check has its own version of each, made otherwise.
+
+
+def row_without_an_end(response, eos_id):
+    end = (response == eos_id).int().argmax(dim=1)
+    return torch.arange(response.shape[1])[None] <= end[:, None]
+
+
+def unsqueezed_lm_loss(logits, tokens, loss_mask):
+    mask = loss_mask[:, 1:]
+    logprobs = torch.where(mask[..., None], logits[:, :-1], 0.0).log_softmax(dim=-1)
+    picked = torch.gather(logprobs, 2, tokens[:, 1:, None]).masked_fill(~mask, 0)
+    return -picked.sum() / mask.sum()
+
+
+def zero_filled_lm_loss(logits, tokens, loss_mask):
+    filled = logits[:, :-1] * 1.0
+    filled[~loss_mask[:, 1:]] = 0.0
+    return functional.cross_entropy(filled.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def pairs_across_prompts(scores):
+    gaps = [a - b for a, b in itertools.combinations(scores.flatten(), 2)]
+    return functional.softplus(-torch.stack(gaps)).mean()
+
+
+def all_differences(scores):
+    return -functional.logsigmoid(scores[:, :, None] - scores[:, None, :]).mean()
+
+
+def excluded_by_where(logprobs_all, ref_logprobs_all):
+    p = logprobs_all.exp()
+    terms = p * (logprobs_all - ref_logprobs_all)
+    return torch.where(p > 0, terms, torch.zeros_like(p)).sum(-1)
+
+
+def detached_weights(logprobs_all, ref_logprobs_all):
+    p = logprobs_all.detach().exp()
+    gone = p == 0
+    return (p * (logprobs_all.masked_fill(gone, 0) - ref_logprobs_all.masked_fill(gone, 0))).sum(-1)
+
+
+def score_in_a_hole(scores, kl, mask, kl_coef):
+    counted = torch.flip(torch.cumsum(torch.flip(mask.int(), [1]), 1), [1])
+    rewards = -kl_coef * torch.where(mask, kl, 0.0)
+    return rewards + (counted == 1) * scores[:, None]
+
+
+def swapped_clip(kl_coef, kl_per_sequence, target_kl, horizon, batch_size):
+    error = max(min(kl_per_sequence / target_kl - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch_size / horizon)
+
+
+def clipped_late(kl_coef, kl_per_sequence, target_kl, horizon, batch_size):
+    step = (kl_per_sequence / target_kl - 1) * batch_size / horizon
+    return kl_coef * (1 + max(-0.2, min(0.2, step)))
+
+
+def loop_of_gae(times, put):
+    """GAE with the loop of a student: `times` its columns, `put` how they are put together."""
+
+    def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+        r, v = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+        after = advantage = torch.zeros(len(mask), dtype=v.dtype)
+        columns = []
+        for t in times(v.shape[1]):
+            new = r[:, t] + gamma * after - v[:, t] + gamma * lam * advantage
+            advantage = torch.where(mask[:, t], new, advantage)
+            after = torch.where(mask[:, t], v[:, t], after)
+            columns.append(advantage)
+        advantages = torch.where(mask, torch.stack(put(columns), 1), 0.0)
+        return advantages, advantages + v
+
+    return gae
+
+
+def backwards(count):
+    return range(count - 1, -1, -1)
+
+
+def unmasked_whitening(x, mask, unbiased=True):
+    return (x - x.mean()) / torch.sqrt(x.var(correction=int(unbiased)) + 1e-8)
+
+
+def whitening_without_a_second_fill(x, mask, unbiased=True):
+    n = mask.sum()
+    x = torch.where(mask, x, 0.0)
+    centred = x - x.sum() / n
+    var = (centred**2).sum() / (n - int(unbiased))
+    return torch.where(mask, centred / torch.sqrt(var + 1e-8), 0.0)
+
+
+def whitening_with_epsilon_outside(x, mask, unbiased=True):
+    kept = x[mask]
+    white = (x - kept.mean()) / (kept.std(correction=int(unbiased)) + 1e-8)
+    return torch.where(mask, white, 0.0)
+
+
+def ratio_of_answers(logprobs, old_logprobs, advantages, mask, clip_range):
+    gap = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio, good = gap.sum(1, keepdim=True).exp(), torch.where(mask, advantages, 0.0)
+    terms = torch.minimum(ratio * good, ratio.clip(1 - clip_range, 1 + clip_range) * good)
+    return -terms.sum() / mask.sum(), dict(approx_kl=gap.mean(), clip_frac=gap.mean(), ratio=ratio)
+
+
+def maximum_without_minus(logprobs, old_logprobs, advantages, mask, clip_range):
+    ratio, good = torch.exp(logprobs - old_logprobs)[mask], advantages[mask]
+    terms = torch.maximum(ratio * good, ratio.clip(1 - clip_range, 1 + clip_range) * good)
+    return terms.mean(), dict(approx_kl=ratio.mean(), clip_frac=ratio.mean(), ratio=ratio.mean())
+
+
+def clipped_around_the_return(values, old_values, returns, mask, clip_range):
+    v, target = values[mask], returns[mask]
+    clipped = torch.clamp(v, target - clip_range, target + clip_range)
+    errors, held = (v - target) ** 2, (clipped - target) ** 2
+    stats = dict(clip_frac=(held > errors).float().mean(), error=errors.mean().detach())
+    return 0.5 * torch.maximum(errors, held).mean(), stats
+
+
+def tags_with_a_space(row):
+    sides = []
+    for text in (row["chosen"], row["rejected"]):
+        turns = re.split(r"\n\n(Human|Assistant): ", text)[1:]
+        if "Assistant" not in turns[::2]:
+            raise hh.BadPair("no_assistant_turn", text)
+        sides.append([turn.strip() for turn in turns[1::2]])
+    earlier, last = sides[0][:-2], sides[0][-2:]
+    history = [[a, b] for a, b in zip(earlier[::2], earlier[1::2], strict=True)]
+    return dict(instruction=last[0], chosen=last[1], rejected=sides[1][-1], history=history)
+
+
+STUDENTS = [
+    ("masked_mean", lambda x, mask, dim=None: (
+        torch.nansum(x * mask, dim) / mask.sum(dim)), "it has to be seen"),
+    ("response_mask", lambda response, eos_id: (
+        torch.cumsum(response == eos_id, 1) < 2), "stays at 1 after the first"),
+    ("response_mask", row_without_an_end, "argmax gives 0"),
+    ("lm_loss", zero_filled_lm_loss, "each adds log V"),
+    ("lm_loss", unsqueezed_lm_loss, "left over from gather"),
+    ("gather_logprobs", lambda logits, tokens, temperature=1.0: torch.gather(
+        torch.log_softmax(logits[:, :-1] / temperature, -1), 2, tokens[:, 1:, None]
+    )[..., 0], "the shift was made in here"),
+    ("ranking_loss", pairs_across_prompts, "answers to different prompts"),
+    ("ranking_loss", all_differences, "all K x K differences"),
+    ("kl_full", excluded_by_where, "its gradient NaN all"),
+    ("kl_full", detached_weights, "the weights are detached"),
+    ("kl_full", lambda logprobs_all, ref_logprobs_all: (
+        logprobs_all * (logprobs_all - ref_logprobs_all)).sum(2), "exp makes probabilities"),
+    ("per_token_rewards", score_in_a_hole, "also in a hole"),
+    ("adapt_kl_coef", swapped_clip, "comes out as 20%"),
+    ("adapt_kl_coef", clipped_late, "the clip comes too late"),
+    ("gae", loop_of_gae(backwards, list), "in which the loop made them"),
+    ("gae", loop_of_gae(range, list), "from the first column to the last: each"),
+    ("gae", loop_of_gae(range, lambda c: c[::-1]), "its columns are turned round"),
+    ("masked_whiten", unmasked_whitening, "the mask is not used at all"),
+    ("masked_whiten", whitening_without_a_second_fill, "too late for the variance"),
+    ("masked_whiten", whitening_with_epsilon_outside, "added to the root"),
+    ("policy_loss", ratio_of_answers, "the ratio is that of whole answers"),
+    ("policy_loss", maximum_without_minus, "the maximum stayed"),
+    ("value_loss", clipped_around_the_return, "clipped around the return"),
+    ("parse_pair", tags_with_a_space, "a tag without a space"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fn", "said"), STUDENTS)
+def test_a_mistake_is_named_however_it_is_written(name, fn, said):
+    sentence = CHECKS[name].judge(fn).sentence
+    assert sentence.startswith("It looks like ") and said in sentence
 
 
 # --- not written yet --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from minippo.checks.checking import CheckFailed
 from minippo.checks.own import (
     CHECKS,
     check_adapt_kl_coef,
+    check_collect_rollout,
     check_gae,
     check_gather_logprobs,
     check_kl_full,
@@ -33,6 +34,8 @@ from minippo.checks.own import (
     check_per_token_rewards,
     check_policy_loss,
     check_position_ids,
+    check_ppo_loss,
+    check_ppo_update,
     check_preference_loss,
     check_prompt_values,
     check_ranking_loss,
@@ -46,10 +49,11 @@ from minippo.checks.own import (
 )
 
 __all__ = [
-    "CHECKS", "CheckFailed", "check_adapt_kl_coef", "check_gae", "check_gather_logprobs",
-    "check_kl_full", "check_kl_k1", "check_kl_k2", "check_kl_k3", "check_lm_loss",
-    "check_masked_mean", "check_masked_whiten", "check_parse_pair", "check_per_token_rewards",
-    "check_policy_loss", "check_position_ids", "check_preference_loss", "check_prompt_values",
-    "check_ranking_loss", "check_response_mask", "check_response_window",
-    "check_simple_advantages", "check_value_loss", "mine", "scored", "whose",
+    "CHECKS", "CheckFailed", "check_adapt_kl_coef", "check_collect_rollout", "check_gae",
+    "check_gather_logprobs", "check_kl_full", "check_kl_k1", "check_kl_k2", "check_kl_k3",
+    "check_lm_loss", "check_masked_mean", "check_masked_whiten", "check_parse_pair",
+    "check_per_token_rewards", "check_policy_loss", "check_position_ids", "check_ppo_loss",
+    "check_ppo_update", "check_preference_loss", "check_prompt_values", "check_ranking_loss",
+    "check_response_mask", "check_response_window", "check_simple_advantages", "check_value_loss",
+    "mine", "scored", "whose",
 ]  # fmt: skip

@@ -49,20 +49,44 @@ def _gae(
     carry=lambda gamma, lam, delta, advantage: gamma * lam * advantage,
     after=lambda values: torch.zeros_like(values[:, 0]),
     step=(True, True),
+    times=reversed,
+    order=reversed,
 ):
     """GAE with its parts to be got wrong: the TD error, what is carried back from the next token,
-    the value after the end, and whether (advantage, value) step over holes."""
+    the value after the end, whether (advantage, value) step over holes, the order of the loop, and
+    in which order its columns are put together."""
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     ahead, advantage, columns = after(values), torch.zeros_like(values[:, 0]), []
-    for t in reversed(range(values.shape[1])):
+    for t in times(range(values.shape[1])):
         error = delta(rewards[:, t], values[:, t], ahead, gamma)
         here = mask[:, t] if step[0] else torch.ones_like(mask[:, t])
         advantage = torch.where(here, error + carry(gamma, lam, error, advantage), advantage)
         here = mask[:, t] if step[1] else torch.ones_like(mask[:, t])
         ahead = torch.where(here, values[:, t], ahead)
         columns.append(advantage)
-    advantages = torch.stack(columns[::-1], dim=1).masked_fill(~mask, 0)
+    advantages = torch.stack(list(order(columns)), dim=1).masked_fill(~mask, 0)
     return advantages, advantages + values
+
+
+def _one_too_early(rewards, values, mask, gamma=1.0, lam=0.95):
+    """A loop from the last but one column, so that there is always a next one."""
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1] - 1)):
+        delta = rewards[:, t] + gamma * values[:, t + 1] - values[:, t]
+        advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
+    advantages = advantages.masked_fill(~mask, 0)
+    return advantages, advantages + values
+
+
+def _unfilled_values(rewards, values, mask, gamma=1.0, lam=0.95):
+    advantages, _ = _gae(rewards, values, mask, gamma, lam)
+    return advantages, advantages + values
+
+
+def _rewards_to_go(rewards, values, mask, gamma=1.0, lam=0.95):
+    advantages, _ = _gae(rewards, values, mask, gamma, lam)
+    return advantages, _gae(rewards, values, mask, gamma, 1.0)[1]
 
 
 def _from_the_left(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -229,6 +253,26 @@ check_gae = Check(
             _from_the_left,
         ),
         Mistake(
+            "the loop runs from the first column to the last: each token needs the value and the "
+            "advantage of the next",
+            _part(times=iter, order=iter),
+        ),
+        Mistake(
+            "the loop runs from the first column to the last, and its columns are turned round at "
+            "the end: it has to run from the last to the first",
+            _part(times=iter),
+        ),
+        Mistake(
+            "the columns are in the order in which the loop made them, the last token first: turn "
+            "them round before they are stacked",
+            _part(order=iter),
+        ),
+        Mistake(
+            "the loop begins at the last column but one: the last token has an advantage too, with "
+            "a next value of 0",
+            _one_too_early,
+        ),
+        Mistake(
             "a masked position inside a row is a step like any other: it is stepped over, as if "
             "it were absent",
             _part(step=(False, False)),
@@ -256,6 +300,19 @@ check_gae = Check(
         Mistake(
             "the returns are the rewards: they are advantages plus values",
             _targets(lambda rewards, advantages, returns, mask: rewards),
+        ),
+        Mistake(
+            "the rewards were added to the advantages to get the returns: the values are added",
+            _targets(lambda rewards, advantages, returns, mask: advantages + rewards),
+        ),
+        Mistake(
+            "the returns are the discounted sums of the rewards: here they are advantages plus "
+            "values, and agree with that only for lambda = 1",
+            _rewards_to_go,
+        ),
+        Mistake(
+            "the returns are not 0 at masked positions: the values were not filled there",
+            _unfilled_values,
         ),
         Mistake(
             "the returns are the advantages: the values have to be added",

@@ -81,8 +81,10 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
+class Exercise:
     """The check of one function; call it with yours: `gae = check_gae(gae)`.
+
+    What is right, is for a subclass to say, by `judge(fn) -> Verdict`.
 
     Hands back your function if it is right, and saves its source to my_minippo.py. Hands back
     minippo's own if yours is not written yet; with fallback=False that is an error too.
@@ -91,12 +93,6 @@ class Check:
 
     name: str
     module: str  # where minippo's own one is, without `minippo.`
-    cases: tuple[Case, ...]
-    mistakes: tuple[Mistake, ...]
-    draw: Callable[[torch.Generator], dict[str, object]] | None = None
-    outputs: tuple[str, ...] = ("result",)
-    spoil: Callable[[dict], dict] | None = None  # writes NaN where the mask is False
-    differentiable: tuple[str, ...] = ()  # arguments that a gradient must reach
 
     def __call__(self, fn: Callable, fallback: bool = True) -> Callable:
         verdict = self.judge(fn)
@@ -115,13 +111,40 @@ class Check:
             return self.reference
         raise CheckFailed(verdict.text or verdict.sentence) from None
 
-    def __repr__(self) -> str:
-        return f"<check of {self.name}: {len(self.mistakes)} known mistakes>"
-
     @functools.cached_property
     def reference(self) -> Callable:
         """minippo's own function."""
         return getattr(importlib.import_module(f"minippo.{self.module}"), self.name)
+
+    def prejudge(self, fn: Callable) -> Verdict | None:
+        """The verdict on what is nobody's own work: a wrong one, an unwritten one, or None yet."""
+        if not callable(fn):
+            return self._wrong(f"pass the function itself, check_{self.name}({self.name})")
+        if fn is self.reference:
+            return Verdict("unwritten", f"{self.name} is minippo's own: run the cell with yours.")
+        if borrows(fn, self.name, self.reference):
+            return self._wrong(f"it calls minippo's own {self.name}; write it yourself")
+        return None
+
+    def _wrong(self, sentence: str, details: str = "") -> Verdict:
+        sentence = f"{sentence[0].upper()}{sentence[1:].rstrip('.')}."
+        text = f"{self.name} is not right yet. {sentence}"
+        return Verdict("wrong", sentence, f"{text}\n\n{details}" if details else text)
+
+
+@dataclass(frozen=True, eq=False)
+class Check(Exercise):
+    """The check of a formula: trials with an answer each, and the mistakes it knows by name."""
+
+    cases: tuple[Case, ...]
+    mistakes: tuple[Mistake, ...]
+    draw: Callable[[torch.Generator], dict[str, object]] | None = None
+    outputs: tuple[str, ...] = ("result",)
+    spoil: Callable[[dict], dict] | None = None  # writes NaN where the mask is False
+    differentiable: tuple[str, ...] = ()  # arguments that a gradient must reach
+
+    def __repr__(self) -> str:
+        return f"<check of {self.name}: {len(self.mistakes)} known mistakes>"
 
     @functools.cached_property
     def trials(self) -> tuple[Trial, ...]:
@@ -141,16 +164,12 @@ class Check:
 
     def judge(self, fn: Callable) -> Verdict:
         """What is to be said about a function; nothing is printed, saved or raised."""
-        if not callable(fn):
-            return self._wrong(f"pass the function itself, check_{self.name}({self.name})")
-        if fn is self.reference:
-            return Verdict("unwritten", f"{self.name} is minippo's own: run the cell with yours.")
+        if verdict := self.prejudge(fn):
+            return verdict
         if is_stub(fn, self._observe(fn, self.trials[0])):
             return Verdict("unwritten", f"{self.name} is not written yet.")
         if fault := saying.wrong_signature(fn, self.reference):
             return self._wrong(fault)
-        if borrows(fn, self.name, self.reference):
-            return self._wrong(f"it calls minippo's own {self.name}; write it yourself")
         seen = [self._observe(fn, trial) for trial in self.trials]
         pairs = list(zip(self.trials, seen, strict=True))
         failing = [(trial, sight) for trial, sight in pairs if saying.differences(trial, sight)]
@@ -180,25 +199,28 @@ class Check:
     def _observe(self, fn: Callable, trial: Trial) -> Observation:
         return observe(fn, trial.arguments, self.outputs, trial.differentiable)
 
-    def _wrong(self, sentence: str, details: str = "") -> Verdict:
-        sentence = f"{sentence[0].upper()}{sentence[1:].rstrip('.')}."
-        text = f"{self.name} is not right yet. {sentence}"
-        return Verdict("wrong", sentence, f"{text}\n\n{details}" if details else text)
-
     def _against_own(self, kind: str, arguments: dict, differentiable=()) -> Trial:
         expected = observe(self.reference, arguments, self.outputs, differentiable)
         return Trial(kind, arguments, expected, differentiable)
 
     def _worked(self, case: Case) -> Trial:
-        """The types are those of minippo's own function, the numbers those of the case."""
+        """The types are those of minippo's own function, the numbers those of the case.
+
+        Raises RuntimeError if the two disagree: whoever is checked is not the one who is wrong.
+        """
         arguments = {name: as_tensor(value) for name, value in case.arguments.items()}
         kind = "edge" if case.edge else "worked"
+        own = observe(self.reference, arguments, self.outputs)
         if isinstance(case.expected, Exception):
-            return Trial(kind, arguments, Observation(raised=case.expected))
-        own = observe(self.reference, arguments, self.outputs).outputs
-        by_hand = named_outputs(case.expected, self.outputs)
-        outputs = {name: _typed(value, own[name]) for name, value in by_hand.items()}
-        return Trial(kind, arguments, Observation(outputs), (), case.rtol, case.atol)
+            expected = Observation(raised=case.expected)
+        else:
+            by_hand = named_outputs(case.expected, self.outputs).items()
+            expected = Observation({n: _typed(x, own.outputs.get(n)) for n, x in by_hand})
+        trial = Trial(kind, arguments, expected, (), case.rtol, case.atol)
+        if saying.differences(trial, own):
+            broken = f"minippo's own {self.name} is wrong on a worked case: it was changed"
+            raise RuntimeError(f"{broken}; install minippo anew\n{saying.details(trial, own)}")
+        return trial
 
     def _with_gradient(self, case: Case) -> Trial:
         trial = self._worked(case)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minippo.checks import saving
 from minippo.checks.checking import GRADE_VARIABLE
-from minippo.checks.own import CHECKS, verified
+from minippo.checks.own import EXERCISES, verified
 from minippo.files import write_file
 
 CALL = re.compile(r"\bcheck_(\w+)\b")
@@ -41,8 +41,9 @@ def grade(path: Path, timeout: int = 120, expect: Iterable[str] = ()) -> list[di
         never saw the function
     Raises ValueError if the file is no notebook or names no check, or if an expected one has none.
     """
-    if unknown := [name for name in expect if name not in CHECKS]:
-        raise ValueError(f"there is no check of {', '.join(unknown)}, only of {', '.join(CHECKS)}")
+    if unknown := [name for name in expect if name not in EXERCISES]:
+        known = ", ".join(EXERCISES)
+        raise ValueError(f"there is no check of {', '.join(unknown)}, only of {known}")
     notebook = _read(path)
     code = (cell.source for cell in notebook.cells if cell.cell_type == "code")
     names = list(dict.fromkeys([*exercises(code), *expect]))
@@ -59,7 +60,7 @@ def grade(path: Path, timeout: int = 120, expect: Iterable[str] = ()) -> list[di
 
 def exercises(sources: Iterable[str]) -> list[str]:
     """The functions whose checks some code names, in order and once each."""
-    names = [name for source in sources for name in CALL.findall(source) if name in CHECKS]
+    names = [name for source in sources for name in CALL.findall(source) if name in EXERCISES]
     return list(dict.fromkeys(names))
 
 

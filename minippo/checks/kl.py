@@ -183,10 +183,10 @@ check_kl_k3 = Check(
 )
 
 
-def _full(policy, ref):
+def _full(policy, ref, weights=None):
+    weights = (policy if weights is None else weights).exp()
     excluded = policy == -torch.inf
-    policy, ref = policy.masked_fill(excluded, 0), ref.masked_fill(excluded, 0)
-    return policy.exp().masked_fill(excluded, 0) * (policy - ref)
+    return weights * (policy.masked_fill(excluded, 0) - ref.masked_fill(excluded, 0))
 
 
 check_kl_full = Check(
@@ -207,6 +207,7 @@ check_kl_full = Check(
         Case(  # certain of a token that the reference gives 1/2: 1 log 2 + 0 log 0
             dict(logprobs_all=[[[0.0, -math.inf]]], ref_logprobs_all=[[[HALF, HALF]]]),
             [[LOG_2]],
+            {"logprobs_all": [[[LOG_2 + 1, 0.0]]]},
             edge=True,
         ),
         Case(
@@ -234,6 +235,26 @@ check_kl_full = Check(
         Mistake(
             "the sign is turned: a KL is never negative",
             lambda logprobs_all, ref_logprobs_all: -_full(logprobs_all, ref_logprobs_all).sum(-1),
+        ),
+        Mistake(
+            "the log-ratios were weighted with log-probabilities: exp makes probabilities of them",
+            lambda logprobs_all, ref_logprobs_all: (
+                logprobs_all * (logprobs_all - ref_logprobs_all)
+            ).sum(-1),
+        ),
+        Mistake(
+            "the weights are detached: the policy moves its probabilities as well as the "
+            "log-ratios, so the gradient goes through both",
+            lambda logprobs_all, ref_logprobs_all: _full(
+                logprobs_all, ref_logprobs_all, weights=logprobs_all.detach()
+            ).sum(-1),
+        ),
+        Mistake(
+            "the NaN was replaced after it had come up: the value is right then, its gradient "
+            "NaN all the same; fill before you multiply",
+            lambda logprobs_all, ref_logprobs_all: (
+                (logprobs_all.exp() * (logprobs_all - ref_logprobs_all)).nan_to_num().sum(-1)
+            ),
         ),
         Mistake(
             "a token that the policy excludes gives 0 times -inf, which is NaN; 0 log 0 is 0",
@@ -292,6 +313,27 @@ check_adapt_kl_coef = Check(
         Mistake(
             "the sign is turned: too much KL has to make the coefficient larger",
             lambda b, kl, target, horizon, n: b * (1 - _clip(kl / target - 1) * n / horizon),
+        ),
+        Mistake(
+            "the ratio is the wrong way round: it is the KL over its target",
+            lambda b, kl, target, horizon, n: b * (1 + _clip(target / kl - 1) * n / horizon),
+        ),
+        Mistake(
+            "the step is horizon over batch size: it is batch size over horizon",
+            lambda b, kl, target, horizon, n: b * (1 + _clip(kl / target - 1) * horizon / n),
+        ),
+        Mistake(
+            "the clip comes too late, after the error was multiplied by B / horizon: the error "
+            "itself is clipped",
+            lambda b, kl, target, horizon, n: b * (1 + _clip((kl / target - 1) * n / horizon)),
+        ),
+        Mistake(
+            "min and max have changed places: the error comes out as 20%, whatever the KL is",
+            lambda b, kl, target, horizon, n: b * (1 + 0.2 * n / horizon),
+        ),
+        Mistake(
+            "min and max have changed places: the error comes out as -20%, whatever the KL is",
+            lambda b, kl, target, horizon, n: b * (1 - 0.2 * n / horizon),
         ),
         Mistake(
             "the error is not clipped to 20% on either side",

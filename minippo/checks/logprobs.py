@@ -89,6 +89,12 @@ check_gather_logprobs = Check(
     differentiable=("logits",),
     mistakes=(
         Mistake(
+            "the shift was made in here: logits and tokens come already one above the other",
+            lambda logits, tokens, temperature=1.0: _gathered(
+                (logits[:, :-1] / temperature).log_softmax(-1), tokens[:, 1:]
+            ),
+        ),
+        Mistake(
             "the temperature is ignored: the logits are divided by it, as they were in sampling",
             lambda logits, tokens, temperature=1.0: _gathered(logits.log_softmax(-1), tokens),
         ),

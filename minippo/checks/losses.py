@@ -142,6 +142,16 @@ check_lm_loss = Check(
             _lm(lambda x, mask: x.masked_fill(~mask, 0).mean()),
         ),
         Mistake(
+            "masked logits were filled with 0 and averaged as if they counted: each adds log V; "
+            "divide the sum over the tokens that count by their number",
+            _lm(lambda x, mask: x.mean()),
+        ),
+        Mistake(
+            "an axis of length 1 is left over from gather: (B, T, 1) and a mask (B, T) spread over "
+            "each other",
+            _lm(per_token=lambda z, t: -z.log_softmax(-1).gather(-1, t.unsqueeze(-1))),
+        ),
+        Mistake(
             "the logits were not normalised: a log-probability needs the softmax",
             _lm(per_token=lambda z, t: -z.gather(-1, t.unsqueeze(-1)).squeeze(-1)),
         ),
@@ -168,6 +178,18 @@ check_lm_loss = Check(
 def _softplus(x):
     """log(1 + exp(x)) of a number: the loss of a pair with the gap -x."""
     return math.log1p(math.exp(x))
+
+
+def _with_epsilon(mistake, *sizes):
+    """The mistake of a small number inside the logarithm, for several small numbers."""
+    return tuple(
+        Mistake(
+            f"{eps:g} was added inside the logarithm: a large wrong gap then costs no more than "
+            f"{-math.log(eps):.0f} and has no gradient; there is one function for both",
+            mistake(lambda gap, eps=eps: (gap.sigmoid() + eps).log()),
+        )
+        for eps in sizes
+    )
 
 
 def _preference(loss, margin_sign=-1):
@@ -220,6 +242,9 @@ check_preference_loss = Check(
             "the logarithm of a sigmoid, or of 1 + exp, was taken: it is infinite for a large "
             "wrong gap; there is one function for both",
             _preference(lambda gap: -gap.sigmoid().log().mean()),
+        ),
+        *_with_epsilon(
+            lambda log: _preference(lambda gap: -log(gap).mean()), 1e-6, 1e-8, 1e-10, 1e-12
         ),
         Mistake(
             "the logarithm is missing: this is the probability of the right order",
@@ -276,6 +301,10 @@ def _both_orders(count):
     return (~torch.eye(count, dtype=torch.bool)).nonzero().unbind(1)
 
 
+def _everyone(count):
+    return torch.cartesian_prod(torch.arange(count), torch.arange(count)).T
+
+
 def _neighbours(count):
     return torch.arange(count - 1), torch.arange(1, count)
 
@@ -322,6 +351,15 @@ check_ranking_loss = Check(
             _ranking(_both_orders),
         ),
         Mistake(
+            "the mean runs over all K x K differences: those in the other order and those of an "
+            "answer with itself are no pairs",
+            _ranking(_everyone),
+        ),
+        Mistake(
+            "answers to different prompts were compared: a ranking is that of one prompt",
+            lambda scores: _ranking(_all_pairs)(scores.reshape(1, -1)),
+        ),
+        Mistake(
             "only neighbours in the ranking were compared: all pairs count", _ranking(_neighbours)
         ),
         Mistake(
@@ -358,6 +396,7 @@ check_ranking_loss = Check(
             "the logarithm of a sigmoid was taken: it is infinite for a large wrong gap",
             _ranking(_all_pairs, loss=lambda gap: gap.sigmoid().log()),
         ),
+        *_with_epsilon(lambda log: _ranking(_all_pairs, loss=log), 1e-6, 1e-8, 1e-10, 1e-12),
     ),
 )
 
@@ -396,7 +435,10 @@ def _policy(
             "clip_frac": stat(mean(is_clipped, mask)),
             "ratio": stat(mean(ratio, mask)),
         }
-        parts = dict(new=new, old=old, ratio=ratio, is_clipped=is_clipped, mask=mask)
+        is_kept = (clipped >= unclipped).to(ratio.dtype)
+        parts = dict(
+            new=new, old=old, ratio=ratio, is_clipped=is_clipped, is_kept=is_kept, mask=mask
+        )
         stats |= {name: make(parts).detach() for name, make in other_stats.items()}
         return reduce(combine(unclipped, clipped), mask), stats
 
@@ -473,6 +515,15 @@ check_policy_loss = Check(
         ),
         Mistake("nothing is clipped", _policy(combine=lambda unclipped, clipped: unclipped)),
         Mistake(
+            "the minus is missing and the maximum stayed: the objective is the smaller of the two "
+            "terms, the loss the larger of their negatives",
+            _policy(combine=lambda unclipped, clipped: torch.maximum(-unclipped, -clipped)),
+        ),
+        Mistake(
+            "the ratio is that of whole answers: each token has a ratio of its own",
+            _policy(ratio_of=lambda new, old: _ratio(new, old).prod(1, True).expand_as(new)),
+        ),
+        Mistake(
             "the ratio is clipped above only: it has a lower end as well, for bad tokens",
             _policy(clip=lambda a, ratio, eps: -a * ratio.clamp(max=1 + eps)),
         ),
@@ -526,6 +577,15 @@ check_policy_loss = Check(
             _policy(clip_frac=lambda p: _mean(((p["ratio"] - 1).abs() > 0.2).float(), p["mask"])),
         ),
         Mistake(
+            "clip_frac counts also where the clipped loss equals the other one: there nothing is "
+            "clipped",
+            _policy(clip_frac=lambda p: _mean(p["is_kept"], p["mask"])),
+        ),
+        Mistake(
+            "clip_frac counts every ratio above the range and none below",
+            _policy(clip_frac=lambda p: _mean((p["ratio"] > 1.2).float(), p["mask"])),
+        ),
+        Mistake(
             "ratio was averaged over padding too, where it is 1",
             _policy(ratio=lambda p: p["ratio"].mean()),
         ),
@@ -568,6 +628,7 @@ def _value(
         is_clipped = (clipped_error > error).to(error.dtype)
         stats = {"clip_frac": stat(mean(is_clipped, mask)), "error": stat(mean(error, mask))}
         parts = dict(error=error, clipped_error=clipped_error, is_clipped=is_clipped, mask=mask)
+        parts |= dict(new=new, old=old, eps=clip_range)
         stats |= {name: make(parts).detach() for name, make in other_stats.items()}
         clipped = clip(new, old, target, clip_range)
         return factor * reduce(combine(new, clipped, target), mask), stats
@@ -631,7 +692,11 @@ check_value_loss = Check(
             "the maximum was taken before the square: errors may be negative",
             _value(combine=lambda v, c, r: torch.maximum(v - r, c - r).square()),
         ),
-        Mistake("nothing is clipped", _value(combine=lambda v, c, r: (v - r).square())),
+        Mistake(
+            "nothing is clipped, or it is clipped around the return: the range lies around the old "
+            "value; around the return it only makes the error smaller, and the larger one counts",
+            _value(combine=lambda v, c, r: (v - r).square()),
+        ),
         Mistake(
             "only the clipped value is used: the larger of the two errors counts",
             _value(combine=lambda v, c, r: (c - r).square()),
@@ -659,10 +724,28 @@ check_value_loss = Check(
             "error is that of the clipped values: it is the plain squared error",
             _value(error=lambda p: _mean(torch.maximum(p["error"], p["clipped_error"]), p["mask"])),
         ),
+        Mistake(
+            "error is halved: the 1/2 belongs to the loss alone",
+            _value(error=lambda p: 0.5 * _mean(p["error"], p["mask"])),
+        ),
         Mistake("error was averaged over padding too", _value(error=lambda p: p["error"].mean())),
         Mistake(
             "clip_frac was averaged over padding too",
             _value(clip_frac=lambda p: p["is_clipped"].mean()),
+        ),
+        Mistake(
+            "clip_frac counts also where both errors are equal: there nothing is clipped",
+            _value(
+                clip_frac=lambda p: _mean((p["clipped_error"] >= p["error"]).float(), p["mask"])
+            ),
+        ),
+        Mistake(
+            "clip_frac counts every value that left the range, also where the clip changes nothing",
+            _value(
+                clip_frac=lambda p: _mean(
+                    ((p["new"] - p["old"]).abs() > p["eps"]).float(), p["mask"]
+                )
+            ),
         ),
         Mistake(
             "the stats still carry a gradient: they are only looked at, so detach them",

@@ -26,6 +26,7 @@ check_masked_mean = Check(
         Case(dict(x=[[5.0]], mask=[[T]]), 5.0),
         Case(dict(x=[[1.0, 2.0, 6.0]], mask=[[T, T, F]]), 1.5, {"x": [[0.5, 0.5, 0.0]]}),
         Case(dict(x=[[1.0, 2.0]], mask=[[F, F]]), math.nan, edge=True),  # 0 / 0, not hidden
+        Case(dict(x=[[math.nan, 2.0]], mask=[[T, T]]), math.nan, edge=True),  # nor is this NaN
         Case(dict(x=[[1.0, 2.0, 6.0], [4.0, 8.0, 0.0]], mask=[[T, T, F], [T, F, F]]), 7 / 3),
         Case(
             dict(x=[[1.0, 2.0, 6.0], [4.0, 8.0, 0.0]], mask=[[T, T, F], [T, F, F]], dim=1),
@@ -66,6 +67,11 @@ check_masked_mean = Check(
             lambda x, mask, dim=None: _filled(x, mask).sum(dim) / mask.sum(dim).clamp(min=1),
         ),
         Mistake(
+            "even NaN at a token that counts was made 0: it has to be seen there, only "
+            "masked positions are filled",
+            lambda x, mask, dim=None: (x.nan_to_num() * mask).sum(dim) / mask.sum(dim),
+        ),
+        Mistake(
             "x was multiplied by the mask: NaN times 0 is NaN, so fill masked positions instead",
             lambda x, mask, dim=None: (x * mask).sum(dim) / mask.sum(dim),
         ),
@@ -77,11 +83,10 @@ check_masked_mean = Check(
 )
 
 
-def _whiten(x, mask, unbiased=True, keep_mean=False, root=True, eps=1e-8):
+def _whiten(x, mask, unbiased=True, keep_mean=False, scale=lambda var: (var + 1e-8).sqrt()):
     """Whitening with its parts to be got wrong."""
     x = _filled(x, mask)
-    mean, variance = _mean(x, mask), masked_var(x, mask, unbiased)
-    scale = (variance + eps).sqrt() if root else variance + eps
+    mean, scale = _mean(x, mask), scale(masked_var(x, mask, unbiased))
     return _filled((x - mean) / scale + (mean if keep_mean else 0), mask)
 
 
@@ -113,11 +118,32 @@ def _whiten_unfilled(x, mask, unbiased=True):
     return (x - _mean(x, mask)) / (masked_var(x, mask, unbiased) + 1e-8).sqrt()
 
 
+def _whiten_without_mask(x, mask, unbiased=True):
+    return (x - x.mean()) / (x.var(unbiased=unbiased) + 1e-8).sqrt()
+
+
+def _filled_nowhere(x, mask, unbiased=True):
+    return (x - _mean(x, mask)) / (masked_var(x, mask, unbiased) + 1e-8).sqrt()
+
+
+def _filled_once(x, mask, unbiased=True):
+    """The fill before the mean is there, the one after it is not."""
+    centred = _filled(x, mask) - _mean(x, mask)
+    count = mask.sum()
+    variance = centred.square().sum() / (count - 1 if unbiased else count)
+    return centred / (variance + 1e-8).sqrt()
+
+
 check_masked_whiten = Check(
     name="masked_whiten",
     module="masking",
     cases=(
         Case(dict(x=[[5.0, 5.0]], mask=[[T, T]]), [[0.0, 0.0]], edge=True),  # not divided by 0
+        Case(  # a variance as small as what is added to it: 1e-4 / sqrt(1e-8 + 1e-8)
+            dict(x=[[-1e-4, 1e-4]], mask=[[T, T]], unbiased=False),
+            [[-math.sqrt(0.5), math.sqrt(0.5)]],
+            edge=True,
+        ),
         Case(dict(x=[[1.0, 3.0]], mask=[[T, T]], unbiased=False), [[-1.0, 1.0]]),
         Case(dict(x=[[1.0, 2.0, 3.0]], mask=[[T, T, T]]), [[-1.0, 0.0, 1.0]]),
         Case(  # mean 2, variance (1 + 1) / 1
@@ -163,11 +189,38 @@ check_masked_whiten = Check(
         Mistake("masked positions are not set back to 0 at the end", _whiten_unfilled),
         Mistake(
             "it divides by the variance and not by its square root",
-            lambda x, mask, unbiased=True: _whiten(x, mask, unbiased, root=False),
+            lambda x, mask, unbiased=True: _whiten(x, mask, unbiased, scale=lambda var: var + 1e-8),
         ),
         Mistake(
             "nothing small is added to the variance: equal numbers give 0 / 0",
-            lambda x, mask, unbiased=True: _whiten(x, mask, unbiased, eps=0),
+            lambda x, mask, unbiased=True: _whiten(x, mask, unbiased, scale=torch.sqrt),
+        ),
+        Mistake(
+            "the small number was added to the root: it is added to the variance, under the root",
+            lambda x, mask, unbiased=True: _whiten(
+                x, mask, unbiased, scale=lambda var: var.sqrt() + 1e-8
+            ),
+        ),
+        Mistake(
+            "the small number is larger than 1e-8: small advantages would shrink",
+            lambda x, mask, unbiased=True: _whiten(
+                x, mask, unbiased, scale=lambda var: (var + 1e-4).sqrt()
+            ),
+        ),
+        Mistake("the mask is not used at all", _whiten_without_mask),
+        Mistake(
+            "masked positions are filled neither before nor after: what stands there comes out",
+            _filled_nowhere,
+        ),
+        Mistake(
+            "after the mean is taken off, masked positions hold minus the mean, and that got into "
+            "the variance: fill again before you square",
+            _filled_once,
+        ),
+        Mistake(
+            "after the mean is taken off, masked positions hold minus the mean: filling them at "
+            "the end is too late for the variance",
+            lambda x, mask, unbiased=True: _filled(_filled_once(x, mask, unbiased), mask),
         ),
         Mistake(
             "x is scaled but not shifted: the mean has to be taken off",
@@ -195,6 +248,16 @@ def _one_pad_too_many(response, eos_id):
     return passed.cumsum(dim=1) <= 1
 
 
+def _until_argmax(response, eos_id):
+    end = (response == eos_id).long().argmax(dim=1, keepdim=True)
+    return torch.arange(response.shape[1]) <= end
+
+
+def _along_the_batch(response, eos_id):
+    is_eos = (response == eos_id).long()
+    return is_eos.cumsum(dim=0) - is_eos == 0
+
+
 check_response_mask = Check(
     name="response_mask",
     module="masking",
@@ -213,6 +276,16 @@ check_response_mask = Check(
             lambda response, eos_id: (response == eos_id).cumsum(dim=1) == 0,
         ),
         Mistake("one position after the EOS is let in", _one_pad_too_many),
+        Mistake(
+            "all up to a second EOS is let in: the count of EOS tokens stays at 1 after the first",
+            lambda response, eos_id: (response == eos_id).cumsum(dim=1) <= 1,
+        ),
+        Mistake(
+            "of a row without EOS only the first token counts: argmax gives 0 where it finds "
+            "nothing; all of the row counts",
+            _until_argmax,
+        ),
+        Mistake("the count runs over the batch and not along the row", _along_the_batch),
         Mistake(
             "every token that is not EOS counts, also those after the first EOS",
             lambda response, eos_id: response != eos_id,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from minippo.checks import saving
 from minippo.checks.advantages import check_gae, check_simple_advantages
-from minippo.checks.checking import RESULTS, Check
+from minippo.checks.checking import RESULTS, Check, Exercise
 from minippo.checks.kl import (
     check_adapt_kl_coef,
     check_kl_full,
@@ -17,6 +17,7 @@ from minippo.checks.logprobs import (
     check_position_ids,
     check_response_window,
 )
+from minippo.checks.loop import check_collect_rollout, check_ppo_loss, check_ppo_update
 from minippo.checks.losses import (
     check_lm_loss,
     check_policy_loss,
@@ -40,6 +41,9 @@ CHECKS: dict[str, Check] = {
     )
 }
 
+LOOP_CHECKS = {c.name: c for c in (check_collect_rollout, check_ppo_loss, check_ppo_update)}
+EXERCISES: dict[str, Exercise] = CHECKS | LOOP_CHECKS
+
 
 def mine(name: str) -> Callable:
     """Your function of that name from my_minippo.py if it is right, else minippo's own.
@@ -47,19 +51,19 @@ def mine(name: str) -> Callable:
     It is checked again before it is handed out; if it is not right any more, a line says why.
     Raises ValueError for a name that has no check.
     """
-    if name not in CHECKS:
-        raise ValueError(f"there is no check of {name!r}; there is one of {', '.join(CHECKS)}")
+    if name not in EXERCISES:
+        raise ValueError(f"there is no check of {name!r}; there is one of {', '.join(EXERCISES)}")
     fn, doubt = verified(name, saving.sections())
     if doubt:
         print(f"{name}: minippo's own is used. {doubt}")
-    return fn or CHECKS[name].reference
+    return fn or EXERCISES[name].reference
 
 
 def whose() -> None:
     """Prints for every function with a check whether yours is used or minippo's own."""
     saved = saving.sections()
-    width = max(map(len, CHECKS))
-    for name in CHECKS:
+    width = max(map(len, EXERCISES))
+    for name in EXERCISES:
         fn, doubt = verified(name, saved)
         print(f"{name:<{width}}  {'yours' if fn else 'minippo'}  {doubt}".rstrip())
 
@@ -81,7 +85,7 @@ def verified(name: str, saved: dict[str, str]) -> tuple[Callable | None, str]:
         fn = saving.load(name, saved[name])
     except Exception as error:  # whatever the student's file raises
         return None, f"The one in {saving.mine_path()} raises {type(error).__name__}: {error}."
-    verdict = CHECKS[name].judge(fn)
+    verdict = EXERCISES[name].judge(fn)
     if verdict.status == "solved":
         return fn, ""
     return None, f"The one in {saving.mine_path()} is not right: {verdict.sentence}"

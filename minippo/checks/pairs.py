@@ -19,6 +19,7 @@ def _refused(kind, chosen, rejected):
     return Case(_row(chosen, rejected), BadPair(kind, ""), edge=True)
 
 
+HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 START = "\n\nHuman: hi\n\nAssistant:"
 LONGER = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
 
@@ -79,11 +80,41 @@ def _first_exchange(row):
     return pair | dict(instruction=instruction, chosen=answer, history=history)
 
 
+def _reasons(text, tag=r"\n\n(Human|Assistant):"):
+    """All that is wrong with a dialogue, in the order of the table."""
+    leading, *parts = re.split(tag, text)
+    roles, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    found = {
+        "leading_text": leading.strip(),
+        "no_assistant_turn": "Assistant" not in roles,
+        "not_alternating": "Assistant" in roles[::2] or "Human" in roles[1::2],
+        "ends_with_human": roles[-1:] == ["Human"],
+        "empty_turn": "" in texts[:-1],
+        "empty_answer": texts[-1:] == [""],
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
 def _needs_a_space(row):
     """Only tags with a space after them are seen."""
     for side in ("chosen", "rejected"):
-        if row[side].endswith("Assistant:"):
-            raise BadPair("ends_with_human", "")
+        if reasons := _reasons(row[side], r"\n\n(Human|Assistant): "):
+            raise BadPair(reasons[0], "")
+    return _checked(row)
+
+
+def _last_reason(row):
+    """Of several reasons the last one of the table."""
+    for side in ("chosen", "rejected"):
+        if reasons := _reasons(row[side]):
+            raise BadPair(reasons[-1], "")
+    return _checked(row)
+
+
+def _answers_compared_first(row):
+    sides = [parse_dialogue(row[side]) for side in ("chosen", "rejected")]
+    if sides[0][-1] == sides[1][-1]:
+        raise BadPair("identical_answers", "")
     return _checked(row)
 
 
@@ -96,15 +127,24 @@ def _accepts_empty(row):
     return _put_together(*_texts(row), row)
 
 
+def _changed(change):
+    """The right pair with something of it changed; change(pair, row) gives what is new."""
+
+    def wrong(row):
+        pair = _checked(row)
+        return pair | change(pair, row)
+
+    return wrong
+
+
 def _without_margin(row):
     pair = _checked(row)
     pair.pop("margin", None)
     return pair
 
 
-def _instruction_with_history(row):
-    pair = _checked(row)
-    return pair | {"instruction": row["chosen"].rpartition("\n\nAssistant:")[0].strip()}
+def _without_a_margin_of_0(row):
+    return _checked(row) if row.get("margin") else _without_margin(row)
 
 
 check_parse_pair = Check(
@@ -118,6 +158,11 @@ check_parse_pair = Check(
             _pair("hi", "yes", "no", margin=2.0),
             edge=True,
         ),
+        Case(
+            _row(f"{START} yes", f"{START} no", margin=0.0),
+            _pair("hi", "yes", "no", margin=0.0),
+            edge=True,
+        ),
         Case(  # a tag begins after a blank line; this is text
             _row(f"{START} say\nHuman: ok", f"{START} no"), _pair("hi", "say\nHuman: ok", "no")
         ),
@@ -129,6 +174,16 @@ check_parse_pair = Check(
         _refused("no_assistant_turn", f"{START} yes", "\n\nHuman: hi"),
         _refused("ends_with_human", f"{START} yes", f"{START} no\n\nHuman: bye"),
         _refused("leading_text", f"{START} yes", f"well{START} no"),
+        _refused("not_alternating", f"{START} yes", f"{HUMAN}ho{START} no"),
+        _refused("empty_turn", f"{HUMAN}{ASSISTANT}yes", f"{HUMAN}{ASSISTANT}no"),
+        # two reasons each: the first of the table counts
+        _refused("leading_text", f"well{HUMAN}hi", f"{START} no"),
+        _refused("no_assistant_turn", f"{HUMAN}hi{HUMAN}ho", f"{START} no"),
+        _refused("not_alternating", f"{HUMAN}hi{LONGER} so{HUMAN}bye", f"{START} no"),
+        _refused("ends_with_human", f"{HUMAN}{ASSISTANT}yes{HUMAN}bye", f"{START} no"),
+        _refused("empty_turn", f"{HUMAN}{ASSISTANT}", f"{START} no"),
+        _refused("empty_answer", f"{HUMAN}ho{ASSISTANT}", f"{START} no"),
+        _refused("diverging_history", f"{START} yes", f"{HUMAN}ho{ASSISTANT}yes"),
     ),
     outputs=("pair",),
     mistakes=(
@@ -153,7 +208,11 @@ check_parse_pair = Check(
         Mistake("the earlier turns are lost", lambda row: _checked(row, history=False)),
         Mistake(
             "the instruction is the whole dialogue so far: it is the last human turn alone",
-            _instruction_with_history,
+            _changed(
+                lambda pair, row: {
+                    "instruction": row["chosen"].rpartition("\n\nAssistant:")[0].strip()
+                }
+            ),
         ),
         Mistake(
             "a line that begins with Human: was taken for a tag: a tag has a blank line before it",
@@ -161,10 +220,33 @@ check_parse_pair = Check(
         ),
         Mistake("the white space around the texts is still there", _unstripped),
         Mistake(
-            "a tag without a space after it is not seen: an empty answer ends in `Assistant:`",
+            "a tag without a space after it is not seen: the tag ends at the colon, and a space "
+            "belongs to the text",
             _needs_a_space,
         ),
         Mistake("an empty answer is accepted", _accepts_empty),
+        Mistake(
+            "of two reasons that apply to a row the later one is given: the first in the table "
+            "counts",
+            _last_reason,
+        ),
+        Mistake(
+            "the answers are compared before what stands ahead of them: where both the histories "
+            "differ and the answers do not, the reason is diverging_history",
+            _answers_compared_first,
+        ),
         Mistake("the margin of the row is lost", _without_margin),
+        Mistake(
+            "a margin of 0 is lost: 0 counts as false in an if, so ask whether it is None",
+            _without_a_margin_of_0,
+        ),
+        Mistake(
+            "the margin is handed on as it stands in the row: the pair has it as a float",
+            _changed(lambda pair, row: {"margin": row["margin"]} if "margin" in pair else {}),
+        ),
+        Mistake(
+            "the turns of the history are tuples: each is a list, [query, response]",
+            _changed(lambda pair, row: {"history": [tuple(turn) for turn in pair["history"]]}),
+        ),
     ),
 )

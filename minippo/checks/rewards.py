@@ -105,6 +105,11 @@ check_per_token_rewards = Check(
             lambda *args: _rewards(*args, _at(args[2], args[2].sum(1, keepdim=True) - 1) & args[2]),
         ),
         Mistake(
+            "the score stands also in a hole before the last token that counts: the count from "
+            "the right is 1 there too",
+            lambda *args: _rewards(*args, args[2].flip(1).cumsum(1).flip(1) == 1),
+        ),
+        Mistake(
             "the KL was added: it is a penalty, and is subtracted",
             lambda scores, kl, mask, kl_coef: _rewards(scores, kl, mask, -kl_coef),
         ),

@@ -10,6 +10,7 @@ from minippo.checks.observing import Observation, Trial, same
 from minippo.checks.source import own_line
 
 Pairs = list[tuple[Trial, Observation]]
+PLAIN = "worked", "drawn"
 PLACES = {
     "worked": "",
     "edge": "What is common is right, this rare input is not.",
@@ -52,7 +53,7 @@ def fault(fn: Callable, pairs: Pairs) -> str:
         or _change(trial, seen)
         or _form(trial, seen)
         or _gradient(trial, seen)
-        or _pattern([(t, s) for t, s in pairs if t.kind == trial.kind])
+        or (trial.kind in PLAIN and _pattern([(t, s) for t, s in pairs if t.kind in PLAIN]))
         or _numbers(trial, seen)
     )
     return f"{PLACES[trial.kind]} {sentence[0].upper()}{sentence[1:]}".strip()
@@ -60,7 +61,7 @@ def fault(fn: Callable, pairs: Pairs) -> str:
 
 def details(trial: Trial, seen: Observation) -> str:
     """The input, what is expected and what came out; only the outputs that are wrong."""
-    given = [f"{name} = {show(value)}" for name, value in trial.arguments.items()]
+    given = [f"{name} = {text}" for name, text in _shown(trial.arguments).items()]
     lines = [("with" if not n else "", text) for n, text in enumerate(given)]
     if trial.expected.raised is not None or seen.raised is not None:
         lines += [("expected", _outcome(trial.expected)), ("got", _outcome(seen))]
@@ -72,6 +73,12 @@ def details(trial: Trial, seen: Observation) -> str:
             texts = _told_apart(both, of)
             lines += zip(("expected", "got"), (f"{what} = {text}" for text in texts), strict=True)
     return "\n".join(f"  {word:<8}  {text}" for word, text in lines)
+
+
+def _shown(arguments: dict[str, object]) -> dict[str, str]:
+    """All arguments, with more digits if two that differ look the same with few."""
+    few, many = ({name: show(x, n) for name, x in arguments.items()} for n in (4, 9))
+    return few if len({*few.values()}) == len({*many.values()}) else many
 
 
 def _told_apart(both: list[dict[str, object]], name: str) -> list[str]:
@@ -138,8 +145,9 @@ def _error(fn: Callable, trial: Trial, seen: Observation) -> str:
 def _change(trial: Trial, seen: Observation) -> str:
     if not seen.mutated:
         return ""
-    names = "` and `".join(seen.mutated)
-    return f"it changes its argument `{names}` in place; make a new tensor instead"
+    names, first = "`, `".join(seen.mutated), trial.arguments[seen.mutated[0]]
+    what, kind = ("arguments" if seen.mutated[1:] else "argument"), type(first).__name__.lower()
+    return f"it changes its {what} `{names}` in place; make a new {kind} instead"
 
 
 def _form(trial: Trial, seen: Observation) -> str:
@@ -175,9 +183,11 @@ def _gradient(trial: Trial, seen: Observation) -> str:
 
 
 def _pattern(pairs: Pairs) -> str:
-    """What the first output has in common over all inputs of a kind."""
+    """What a wrong first output has in common over all plain inputs."""
     name = next(iter(pairs[0][0].expected.outputs), None)
     if any(name not in x.outputs for pair in pairs for x in (pair[0].expected, pair[1])):
+        return ""
+    if not any(name in differences(*pair) for pair in pairs):
         return ""
     wanted, got = [t.expected.outputs[name] for t, _ in pairs], [s.outputs[name] for _, s in pairs]
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (*wanted, *got)):
@@ -198,17 +208,19 @@ def _factor(name: str, wanted: Tensor, got: Tensor) -> str:
         return ""
     place = wanted.nan_to_num().abs().argmax()
     factor = got[place] / wanted[place]
-    if not same(wanted * factor, got, 1e-4, 1e-6):
+    if show(factor.item()) == "1.0" or not same(wanted * factor, got, 1e-4, 1e-6):
         return ""
     times = f"{show(factor.item())} times what it has to be"
     return f"`{name}` {'has the wrong sign' if factor == -1 else f'is {times}'}, everywhere"
 
 
 def _numbers(trial: Trial, seen: Observation) -> str:
-    name = differences(trial, seen)[0].removeprefix("gradient ")
-    got = seen.outputs.get(name, seen.gradient.get(name))
-    wanted = trial.expected.outputs.get(name, trial.expected.gradient.get(name))
+    wrong = differences(trial, seen)[0]
+    name = wrong.removeprefix("gradient ")
+    got, wanted = (x.outputs if wrong == name else x.gradient for x in (seen, trial.expected))
+    got, wanted = got[name], wanted[name]
+    what = f"`{name}`" if wrong == name else f"the gradient with respect to `{name}`"
     is_float = isinstance(got, Tensor) and got.is_floating_point()
     if is_float and bool((got.isnan() & ~wanted.isnan()).any()):
-        return NAN_THROUGH if trial.kind == "masked" else f"`{name}` has NaN where a number belongs"
-    return f"`{name}` is not what it has to be"
+        return NAN_THROUGH if trial.kind == "masked" else f"{what} has NaN where a number belongs"
+    return f"{what} is not what it has to be"

@@ -105,9 +105,10 @@ print("mean over everything:", token_losses.mean().item())
 # Difficulty 1 of 5 · importance 5 of 5 · 5 to 10 minutes
 #
 # The mean of `x` where `mask` is True. With `dim=None` over everything, otherwise along that axis.
-# Every loss of this course goes through it. Two demands that the example above does not make:
+# Every loss of this course goes through it. Demands that the example above does not make:
 #
 # - What stands at a masked position must not matter at all, even if it is NaN.
+# - NaN at a position that counts has to be seen, and an empty mask gives NaN, not 0.
 # - It must be differentiable. So no loops, and no `.item()`.
 #
 # <details><summary>Hint 1: a nudge</summary>

@@ -218,7 +218,8 @@ for name, row in odd_rows.items():
 # | `diverging_history` | the dialogues differ before their last turn |
 # | `identical_answers` | they do not differ at all |
 #
-# A row may have a `margin`, a number; then the pair has it too, as a float.
+# `history` is a list of `[query, response]` lists. A row may have a `margin`, a number (also 0);
+# then the pair has it too, as a float.
 #
 # <details><summary>Hint 1: a nudge</summary>
 #

@@ -109,6 +109,7 @@ assert (policy * log_ratio).sum() > 0 > (reference * log_ratio).sum()
 # The exact sum over the vocabulary, at each position. Both inputs are log-probabilities, not
 # logits. One demand more: a token that the policy excludes has log-probability $-\infty$ and
 # probability 0. It adds nothing ($0 \log 0 = 0$), but $0 \cdot (-\infty)$ is NaN in a computer.
+# It must not get into the gradient either.
 #
 # <details><summary>Hint 1: a nudge</summary>
 #

@@ -342,7 +342,7 @@ assert (weights * n_step).sum() == (lam ** torch.arange(3) * delta).sum() == 0
 #
 # Advantages and returns for all tokens that count. What is asked:
 #
-# - a loop over $t$ from the last column to the first, all rows of the batch at once;
+# - a loop over $t$ from the last column to the first;
 # - nothing of what stands at masked positions gets in, not even NaN;
 # - the mask may have holes. $t + 1$ is then the next token *that counts*: masked positions are
 #   stepped over as if they were absent;

@@ -70,9 +70,10 @@ class Lab:
         settings.parent.mkdir(parents=True)
         settings.write_text(OFFLINE)
         own |= {"JUPYTER_PREFER_ENV_PATH": "1", "MINIPPO_MINE": "off"}
+        inherited = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # no figures with it
         with self.log.open("w") as log:
             self.server = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, **own}
+                command, stdout=log, stderr=log, env={**inherited, **own}
             )
         try:
             self._wait("JupyterLab", lambda: _answers(f"{self.url}/api/status"))
