@@ -433,8 +433,9 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# On the left `kl` and `k3` lie on each other at 1; `mse` falls below 0.9, and `abs` would be far above
-# the picture. On the right `kl` and `k3` cross, where the policy has moved by about half a nat:
+# On the left `kl` and `k3` lie on each other at 1; `mse` falls below 0.9, and `abs` would be far
+# above the picture. On the right `kl` and `k3` cross, where the policy has moved by about half a
+# nat:
 
 # %%
 noise = {name: [s[1] for s in stats[name]] for name in ("kl", "k3")}
