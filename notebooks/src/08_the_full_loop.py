@@ -615,7 +615,7 @@ assert gold_ppo > gold_sft + 1 and rate[1] > 0.5 and ppo_counts["rude"] < sft_co
 # %% [markdown]
 # Read the answers too: a number says how often, not what. In the stored outputs SFT's two worst
 # became good ones. Where SFT was at its best there was little to gain, and of two tips in the last
-# answer PPO left one. Nor did it mend everything: some answers are still unreadable.
+# answer PPO left one. And it did not mend everything: some answers are still unreadable.
 #
 # ## The exam: the same loop against $\pi^*$
 #
