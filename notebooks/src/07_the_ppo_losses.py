@@ -395,8 +395,8 @@ print("share of ratios outside 0.8 to 1.2:", [f"{share:.3f}" for share in outsid
 assert outside[0] == 0 and outside[1] < outside[4] and outside[4] > 0.05
 
 # %% [markdown]
-# Compare with `clip_frac` in the table. It can only be smaller, for it counts cases 3 and 4 alone;
-# it is so by a hair, since nearly all tokens that left the range went the way they were pushed.
+# Compare with `clip_frac` in the table. It cannot be larger, for it counts cases 3 and 4 alone. It
+# is hardly smaller, since nearly all tokens that left the range went the way they were pushed.
 # Which tokens moved most?
 
 # %%
@@ -411,10 +411,9 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 
 # %% [markdown]
 # Each moved the way its advantage points: the four that fell are bad, the four that rose are good.
-# And the largest moves are those of tokens that were unlikely. A small step of the logits changes
-# the ratio of a rare token by a large factor, while a token that was sure to come has a ratio near
-# 1 whatever happens. So the end of one answer is now some 18 times as likely at its place, after
-# four steps.
+# And the three that moved most had been unlikely. A step of the logits can change the probability
+# of a rare token by a large factor; a token that was sure to come can hardly rise. So the end of
+# one answer, at first a matter of 1 in 370, is 18 times as likely after four steps.
 #
 # ## Why stop at all? What a rollout promises, and what it keeps
 #
@@ -805,8 +804,8 @@ assert max(broken["sign turned", size] for size in (4, 16)) < -1
 # %% [markdown]
 # The turned sign is seen in the score. The smaller loss is not: on the larger rollouts it even
 # gains more than the right one. That is no merit. It stops only tokens that went the wrong way, and
-# lets the others run on, so it does what no clip does: 7 nats away, and with four answers the gain
-# is lost. Watch the KL, not the score alone.
+# lets the others run on, so it does what no clip does: it ends five to seven nats away, and with
+# four answers the gain is lost. Watch the KL, not the score alone.
 #
 # **The mask.** A mean over all positions, padding counted in. There the log-probabilities are 0 in
 # old and new, so the ratio is 1 and the advantage 0:
