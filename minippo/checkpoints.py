@@ -98,13 +98,14 @@ def _levels(value):
     level = [("", value)]
     while level:
         yield level
-        inner = []
-        for key, item in level:
-            if isinstance(item, dict):
-                inner += item.items()
-            elif isinstance(item, list):
-                inner += [(key, part) for part in item]
-        level = inner
+        level = [pair for key, item in level for pair in _inside(key, item)]
+
+
+def _inside(key: str, item) -> list[tuple]:
+    """The (key, value) pairs one level further down; none in what is neither dict nor list."""
+    if isinstance(item, dict):
+        return list(item.items())
+    return [(key, part) for part in item] if isinstance(item, list) else []
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -107,7 +107,7 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error of the critic, clipped to stay near its old values.
 
-    L = ½ mean max((V_t − R_t)², (clip(V_t, V_old ± ε) − R_t)²)
+    L = ½ mean max((V_t − G_t)², (clip(V_t, V_old ± ε) − G_t)²)
 
     values:     (B, R)       V now, with gradient
     old_values: (B, R)       V at the time of the rollout

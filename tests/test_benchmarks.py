@@ -155,14 +155,17 @@ def test_the_sides_of_a_part_are_functions_that_take_these_arguments(part):
     for name, *arguments in PARTS[part][1].values():
         module, function = name.split(":")
         found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind(Turns(Recorder()), *arguments, 2)
+        bound = inspect.signature(found).bind(Turns(Recorder()), *arguments, 2)
+        assert bound.arguments["count"] == 2  # and no argument too many or too few
 
 
 @pytest.mark.parametrize("side", list(MODULES))
 def test_both_sides_have_the_steps_and_the_training(side):
     module = importlib.import_module(MODULES[side])
-    inspect.signature(module.ppo_steps).bind(Turns(Recorder()), "tiny", 6)
-    inspect.signature(module.train_for).bind(Turns(Recorder()), 120.0, 0, 512, 1)
+    steps = inspect.signature(module.ppo_steps).bind(Turns(Recorder()), "tiny", 6)
+    training = inspect.signature(module.train_for).bind(Turns(Recorder()), 120.0, 0, 512, 1)
+    assert (steps.arguments["workload"], steps.arguments["count"]) == ("tiny", 6)
+    assert (training.arguments["seconds"], training.arguments["count"]) == (120.0, 1)
 
 
 # --- what is timed is PPO ---------------------------------------------------------------------

@@ -36,6 +36,7 @@ KINDS = {
     "memory: filling, copying, joining": ("aten::fill_", "aten::copy_", "aten::cat"),
     "norms and sums": ("aten::linalg_vector_norm", "aten::sum"),
 }  # fmt: skip
+LAST = ("everything else", "together")
 
 
 class Profiled:
@@ -85,11 +86,8 @@ def profile_table(found: dict[str, dict[str, float]]) -> str:
     """One row for each kind, one column for each side."""
     kinds = {side: by_kind(operations) for side, operations in found.items()}
     head = ["seconds in", *(tables.NAMES[side] for side in found)]
-    rows = [[kind, *(f"{kinds[side][kind]:.1f}" for side in found)] for kind in [*KINDS, *_LAST]]
+    rows = [[kind, *(f"{kinds[side][kind]:.1f}" for side in found)] for kind in [*KINDS, *LAST]]
     return tables.table(head, rows)
-
-
-_LAST = ("everything else", "together")
 
 
 def profiled(
