@@ -111,10 +111,10 @@ def value_loss(
 
     values:     (B, R)       V now, with gradient
     old_values: (B, R)       V at the time of the rollout
-    returns:    (B, R)       R: advantage + old value, before any whitening; fixed
+    returns:    (B, R)       G: advantage + old value, before any whitening; fixed
     mask:       (B, R) bool  True where the token counts
     clip_range: float        ε; inf turns clipping off
-    returns: loss (), stats {"clip_frac": (), "error": ()}; error is the masked mean of (V − R)²,
+    returns: loss (), stats {"clip_frac": (), "error": ()}; error is the masked mean of (V − G)²,
         unclipped; the stats are detached
     Source: OpenAI baselines ppo2, then lm-human-preferences and TRL; not in the PPO paper, whose
         eq. 9 has the plain square. The factor 1/2 as in all three; early versions of verl lack it.
