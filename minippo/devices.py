@@ -3,6 +3,8 @@
 Nothing here changes what is computed on a CPU by default: there it is float32, and copies are none.
 """
 
+import ctypes
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minippo.config import RunConfig
 from minippo.distributed import shard
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _autocast = ContextVar("autocast", default=RunConfig.autocast)  # what the run in progress asks for
 
 
@@ -35,6 +38,19 @@ def device_of(config: RunConfig) -> torch.device:
     if config.compile and device.type != "cuda":
         raise ValueError(f"--compile is for CUDA, and the device is {device}; leave it out")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory it frees, as torch does on CUDA: the next pass needs it.
+
+    glibc gives a large tensor back to the system, which clears every page of the next one: a tenth
+    of a step of GPT-2. For the whole process, so it is for a command to call; where libc is another
+    one, or an old glibc that refuses, all stays as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # Not M_MMAP_MAX = 0, which has the same effect: there GPT-2 needs more of it.
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 @contextmanager

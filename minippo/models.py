@@ -243,7 +243,7 @@ class Packed:
     the N = mask.sum() positions that predict a token that counts, one after the other.
     """
 
-    tokens: Tensor  # (B, W) each row's real tokens, then whatever; W is the longest row
+    tokens: Tensor  # (B, W) real tokens, then whatever; the longest row is here but for its last
     places: Tensor  # (N,) which of the B * W positions predicts each token that counts
     targets: Tensor  # (N,) the tokens that count, row by row
     slots: Tensor  # (N,) where each of them stands in the B * R of a flat response
@@ -268,7 +268,8 @@ def pack(tokens: Tensor, attention_mask: Tensor, mask: Tensor, lengths=None) -> 
     lengths: (B, 2) what `row_lengths` returns; without it the CPU has to wait for the device
     """
     lengths = row_lengths(attention_mask, mask) if lengths is None else lengths
-    width, count = int(lengths[:, 0].max()), int(lengths[:, 1].sum())
+    width = int(lengths[:, 0].max()) - 1  # the last token of a row predicts nothing
+    count = int(lengths[:, 1].sum())
     response_length = mask.shape[1]
     order = real_first(attention_mask)[:, :width]
     slots = real_first(mask.flatten())[:count]
@@ -296,7 +297,7 @@ def counted_logits(model, packed: Packed) -> Tensor:
     """
 
     def choose(head, inputs):
-        return (inputs[0].flatten(0, 1)[packed.places],)
+        return (inputs[0].flatten(0, 1).index_select(0, packed.places),)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
@@ -308,7 +309,7 @@ def counted_logits(model, packed: Packed) -> Tensor:
 def counted_values(value_model, packed: Packed) -> Tensor:
     """Values (N,) before each token that counts."""
     hidden = value_model.hidden(packed.tokens)
-    return value_model.read(hidden.flatten(0, 1)[packed.places])
+    return value_model.read(hidden.flatten(0, 1).index_select(0, packed.places))
 
 
 class _ScalarHead(nn.Module):

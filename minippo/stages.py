@@ -25,7 +25,7 @@ from minippo.config import (
     SFTConfig,
     ValueConfig,
 )
-from minippo.devices import device_of, precision, prepared, stored_as
+from minippo.devices import device_of, keep_freed_memory, precision, prepared, stored_as
 from minippo.distributed import alone, on_main
 from minippo.evaluation import (
     annotated_summary,
@@ -71,6 +71,7 @@ def _closing(stage):
 
     @functools.wraps(stage)
     def closing(run, *arguments):
+        keep_freed_memory()
         try:
             with precision(run.config.autocast, run.config.tf32):
                 return stage(run, *arguments)

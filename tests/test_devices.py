@@ -1,6 +1,9 @@
 """What depends on the device: precision, copies, checkpointing, compiling, frozen weights."""
 
 import copy
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import pytest
@@ -96,6 +99,25 @@ def test_formulas_get_float32_and_float64_stays():
 def test_copies_to_the_cpu_are_none():
     x = torch.ones(3)
     assert to_device([x], CPU)[0] is x and to_device([x], None)[0] is x
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    program = """
+        import resource, sys, torch
+        from minippo.devices import keep_freed_memory
+        def new_pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(25_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = [new_pages() for _ in range(3)]
+        keep_freed_memory()
+        kept = [new_pages() for _ in range(6)]  # the heap has to grow first
+        print(given_back[-1], kept[-1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    given_back, kept = map(int, subprocess.check_output(command, text=True).split())
+    assert given_back > 1000 > 10 * kept  # 100 MB of pages, whatever their size, and next to none
 
 
 def test_an_unknown_device_is_refused_and_so_is_compiling_without_cuda(policy):

@@ -57,12 +57,13 @@ def batch(hole=False):
 def test_a_packed_row_by_hand(hole):
     tokens, attention_mask, mask = batch(hole)
     packed = pack(tokens, attention_mask, mask)
+    width = packed.tokens.shape[1]
+    assert width == 8 == max(q + r for q, r in LENGTHS) - 1  # a last token predicts nothing
     for b, (q, r) in enumerate(LENGTHS):
-        assert packed.tokens[b, : q + r].tolist() == tokens[b, Q - q : Q + r].tolist()
+        real = min(q + r, width)
+        assert packed.tokens[b, :real].tolist() == tokens[b, Q - q : Q - q + real].tolist()
     counted = [(b, t) for b, (_, r) in enumerate(LENGTHS) for t in range(r) if mask[b, t]]
     assert packed.targets.tolist() == [int(tokens[b, Q + t]) for b, t in counted]
-    width = packed.tokens.shape[1]
-    assert width == 9 == max(q + r for q, r in LENGTHS)
     # The token before response token t stands at place q + t - 1 of its row.
     assert packed.places.tolist() == [b * width + LENGTHS[b][0] + t - 1 for b, t in counted]
     assert packed.slots.tolist() == [b * R + t for b, t in counted]
@@ -72,7 +73,7 @@ def test_no_column_is_left_that_is_padding_in_every_row():
     tokens, attention_mask, mask = batch()
     short = [1, 3, 4]
     packed = pack(tokens[short], attention_mask[short], mask[short])
-    assert packed.tokens.shape == (3, 5)  # of 9: the longest of them has 4 + 1 tokens
+    assert packed.tokens.shape == (3, 4)  # of 9: the longest of them has 4 + 1 tokens
 
 
 def test_spread_puts_numbers_where_their_tokens_stand():

@@ -415,6 +415,21 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 # of a rare token by a large factor; a token that was sure to come can hardly rise. So the end of
 # one answer, at first a matter of 1 in 370, is 18 times as likely after four steps.
 #
+# The note's ratio is that of a whole *answer*: the product of the ratios of its tokens. Moves that
+# are small for each token add up:
+
+# %%
+each = (table_logprobs(policy, rollout).detach() - rollout.logprobs).masked_fill(~rollout.mask, 0)
+ratios = {"tokens": each[rollout.mask].exp(), "whole answers": each.sum(1).exp()}
+for name, seen in ratios.items():
+    away = ((seen - 1).abs() > 0.2).float().mean()
+    print(f"{name:13s} smallest {seen.min():.4f}  largest {seen.max():8.1f}  outside {away:.0%}")
+
+# %% [markdown]
+# One token in nine has left the range, and nine answers in ten. Clipped as a whole, an answer would
+# lose its gradient for the sake of a few of its tokens, and after a few steps nearly all would have
+# lost it. So the ratio is taken token by token, and clipped token by token.
+#
 # ## Why stop at all? What a rollout promises, and what it keeps
 #
 # In the oracle's world we can afford to do it badly: 60 steps on one rollout, with the clip and
@@ -672,50 +687,101 @@ for name, term, wanted in zip(("policy", "KL"), (policy_term, kl_term), by_formu
     assert torch.allclose(found, wanted, atol=1e-6)
 
 # %% [markdown]
-# ## $c_1$ with a separate critic: nearly inert
+# ## $c_1$: when it does nothing, and when it does
 #
 # The policy loss has no gradient for the critic, the value loss none for the policy. So if the two
 # share no weights, $c_1$ only scales the gradient of the critic. And Adam divides each gradient by
-# its own size: ten times the gradient makes the same step. The updates of one rollout, with the
-# real critic:
+# its own size: ten times the gradient makes the same step.
+#
+# Is that so, and what of other set-ups? Three steps on half of the rollout with the real policy and
+# the real critic, in four ways:
+#
+# - with Adam, as minippo does it;
+# - with plain gradient descent (SGD);
+# - with SGD, where one norm of *all* gradients is clipped, policy's and critic's together;
+# - with Adam, where both share a **trunk**: one network, whose last layer feeds the policy's logits
+#   and a critic's head. The formula comes from that time.
+#
+# Each with $c_1$ = 0.1, 1 and 10. How much further or less far does each model move than with 1?
+#
+# > **Predict.** In which of the four does $c_1$ change what the *policy* does?
+#
+# <details><summary>Answer</summary>
+#
+# In the last two. Elsewhere no gradient of the value loss, and nothing computed from one, reaches a
+# weight of the policy.
+#
+# </details>
+
 
 # %%
-from dataclasses import replace
-
-from minippo.ppo import ppo_update
-
-
-def critic_moves(c1):
-    models = {"policy": load_policy("sft"), "value": ValueModel.load("value")}
-    sizes = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, ppo_epochs=2)
-    config = replace(PPOConfig(**sizes), vf_coef=c1)
-    optimizer = adamw(models, {"policy": config.lr, "value": config.value_lr})
-    shuffle = torch.Generator().manual_seed(0)
-    ppo_update(models["policy"], ref_policy, models["value"], optimizer, rollout, config, shuffle)
-    seen = rollout.tokens, rollout.attention_mask, rollout.mask.shape[1]
-    with torch.no_grad():
-        return (models["value"](*seen) - rollout.values)[rollout.mask]
+half = rollout.rows(slice(16))
+print("answers:", len(half.mask), "· tokens that count:", int(half.mask.sum()))
 
 
 # %%
-reference_moves, inert = critic_moves(1.0), {}
-for c1 in (0.1, 0.5, 10.0):
-    moves = critic_moves(c1)
-    inert[c1] = ((moves - reference_moves).norm() / reference_moves.norm()).item()
-    print(f"c1 {c1:4.1f}: values move by {moves.abs().mean():.3f}, off c1 = 1 by {inert[c1]:.1%}")
-assert inert[0.5] < 0.05 and inert[10.0] < 0.05 and inert[0.1] < 0.3
+def moves(c1, optimizer_of, one_norm=math.inf, shared=False):
+    """What three steps change: log-probabilities and values of the tokens that count."""
+    policy, critic = load_policy("sft"), ValueModel.load("value")
+    if shared:
+        critic.classifier.transformer = policy.transformer
+    weights = list(dict.fromkeys([*policy.parameters(), *critic.parameters()]))  # each once
+    optimizer, path = optimizer_of(weights), []
+    seen, mask = (half.tokens, half.attention_mask, half.mask.shape[1]), half.mask
+    for _ in range(4):
+        logprobs, values = table_logprobs(policy, half), critic(*seen)
+        path.append([x.detach()[mask] for x in (logprobs, values)])
+        first, _ = policy_loss(logprobs, half.logprobs, half.advantages, mask, 0.2)
+        second, _ = value_loss(values, half.values, half.returns, mask, math.inf)
+        optimizer.zero_grad()
+        ppo_objective(first, second, 0.0, c1, 0.0).backward()
+        nn.utils.clip_grad_norm_(weights, one_norm)
+        optimizer.step()
+    return [after - before for before, after in zip(path[0], path[-1])]
+
+
+# %%
+def adam(weights):
+    return torch.optim.Adam(weights, lr=1e-4, eps=1e-5)
+
+
+def sgd(weights):
+    return torch.optim.SGD(weights, lr=1e-3)
+
+
+ways = {
+    "Adam": (adam,),
+    "SGD": (sgd,),
+    "SGD, one norm clipped": (sgd, 0.5),
+    "Adam, shared trunk": (adam, math.inf, True),
+}
+found = {(name, c1): moves(c1, *way) for name, way in ways.items() for c1 in (0.1, 1.0, 10.0)}
+
+# %%
+off = {}
+print("                         c1   policy moves   off c1 = 1   critic moves   off c1 = 1")
+for (name, c1), changes in found.items():
+    line = f"{name:22s} {c1:4.1f}"
+    for kind, change, usual in zip(("policy", "critic"), changes, found[name, 1.0]):
+        off[name, c1, kind] = ((change - usual).norm() / usual.norm()).item()
+        line += f"{change.abs().mean():15.5f} {off[name, c1, kind]:12.0%}"
+    print(line)
+for c1 in (0.1, 10.0):
+    assert max(off["Adam", c1, "policy"], off["SGD", c1, "policy"]) < 1e-6
+assert off["Adam", 10.0, "critic"] < 0.1 < 0.5 < off["SGD", 0.1, "critic"]
+assert min(off[name, 10.0, "policy"] for name in list(ways)[2:]) > 0.3
 
 # %% [markdown]
-# A factor of ten upwards changes nothing. Downwards a little is left: with a gradient that small,
-# the `eps` that Adam adds to its size begins to count. It does matter
-#
-# - under plain gradient descent: there $c_1$ is a factor of the critic's learning rate;
-# - where *one* norm of all gradients is clipped: a large value loss then shrinks the policy's
-#   gradients too. minippo clips each model's gradients on their own;
-# - where policy and critic share a trunk: both pull at the same weights, and $c_1$ decides. The
-#   formula comes from a time when one network had two heads.
-#
-# With a separate critic the knob that works is its learning rate, `value_lr`.
+# - **Separate critic.** The policy does the same to the last digit. Under SGD $c_1$ is a factor of
+#   the critic's learning rate. Under Adam a factor of ten upwards changes hardly anything;
+#   downwards a little is left: with a gradient that small, the `eps` that Adam adds to its size
+#   begins to count. This is minippo's case: $c_1$ is nearly inert, and the knob that works is the
+#   critic's learning rate, `value_lr`.
+# - **One norm.** The value loss has the larger gradient. With a larger $c_1$ it takes up more of
+#   the norm that is allowed, and the *policy* hardly moves. minippo clips each model's gradients on
+#   their own.
+# - **A shared trunk.** Both losses pull at the same weights, and $c_1$ says how hard the second one
+#   pulls: at 10 the policy moves little more than half as far.
 
 # %% [markdown]
 # ## $c_2$: the KL as a term of the loss
@@ -864,7 +930,7 @@ assert alarm.pop("right") < 1e-4 and min(alarm.values()) > 0.1
 # | as printed | as meant | shown |
 # |---|---|---|
 # | $L_{policy} = E[\min(\ldots)]$ | that is the objective; the loss is minus it | "The gradient" |
-# | the ratio of whole answers | of tokens, in practice | exercise 1 |
+# | the ratio of whole answers | of tokens, in practice | "Ratio 1" |
 # | $R_t$, "the actual reward" | the return, here $G_t$: advantage + old value | exercise 2 |
 # | $\sum \pi_{ref} \log(\pi / \pi_{ref})$ | the weights are $\pi$ | "$c_2$" |
 # | the KL of "policy and optimised model" | of policy and reference | "$c_2$" |

@@ -8,6 +8,7 @@ import torch
 from minippo.advantages import gae
 from minippo.batching import epoch_batches, left_pad
 from minippo.config import PPOConfig, RewardConfig
+from minippo.devices import keep_freed_memory
 from minippo.generation import generate
 from minippo.models import RewardModel, frozen_copy, load_policy
 from minippo.optim import Hooks, adamw, finite_metrics
@@ -24,6 +25,7 @@ class Trainer:
     """The body of `train_ppo`'s loop, one step a call, so that it can wait between two."""
 
     def __init__(self, world: World, config: PPOConfig, seed: int = 0):
+        keep_freed_memory()  # as the command does
         self.world, self.config, self.seed = world, config, seed
         self.models = (world.policy, frozen_copy(world.policy), world.value_model)
         for model in (*self.models, world.reward_model):

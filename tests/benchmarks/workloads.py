@@ -19,7 +19,7 @@ class Workload:
     response_tokens: int  # at most; exactly, where there is no EOS
     shape: tuple[int, int, int, int] | None = None  # n_layer, n_embd, n_head, vocabulary; random
     query_tokens: int | None = None  # of each random prompt
-    micro_batch_size: int = 16  # answers in minippo's models at once: the same gradient
+    micro_batch_size: int = 16  # of minippo; a whole minibatch where all answers are as long
 
     def config(self, steps: int, ours: bool = False) -> PPOConfig:
         """The settings of both sides; minippo reads a minibatch in micro-batches."""
@@ -36,7 +36,7 @@ WORKLOADS = {
     "tiny": Workload(
         "a random GPT-2 of 2 layers, 128 wide, vocabulary 512; "
         "64 prompts of 16 tokens, answers of exactly 32",
-        64, 32, (2, 128, 4, 512), 16,
+        64, 32, (2, 128, 4, 512), 16, 32,
     ),
     "natural": Workload(
         "the shipped SFT policy, reward and value model; "

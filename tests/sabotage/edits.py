@@ -116,8 +116,8 @@ EDITS = (
     ),
     Edit(
         "06", "models.py",
-        "read(hidden.flatten(0, 1)[packed.places])",
-        "read(hidden.flatten(0, 1)[packed.places + 1])",
+        "read(hidden.flatten(0, 1).index_select(0, packed.places))",
+        "read(hidden.flatten(0, 1).index_select(0, packed.places + 1))",
         "shift: V is that of the state after the token",
     ),
     Edit(
