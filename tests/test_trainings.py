@@ -495,7 +495,7 @@ def test_targets_stay_with_their_rows():
     )
     history = train_value_model(value_model, rows, targets, config, PAD, hooks=hooks)
     for tokens, metrics in zip(seen, history, strict=True):
-        i = next(i for i, r in enumerate(rows) if r.prompt + r.responses[0] == tokens)
+        i = next(i for i, r in enumerate(rows) if [*r.prompt, *r.responses[0]][:-1] == tokens)
         assert metrics["loss/value"] == pytest.approx(targets[i] ** 2 / 2, abs=1e-5)
     assert hooks.started == ("value", 12) and len(hooks.calls) == 12
 
