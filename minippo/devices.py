@@ -40,17 +40,20 @@ def device_of(config: RunConfig) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Lets this process keep the memory it frees, as torch does on CUDA: the next pass needs it.
 
     glibc gives a large tensor back to the system, which clears every page of the next one: a tenth
     of a step of GPT-2. For the whole process, so it is for a command to call; where libc is another
     one, or an old glibc that refuses, all stays as it is.
+
+    returns: whether it does
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # Not M_MMAP_MAX = 0, which has the same effect: there GPT-2 needs more of it.
-    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+    if mallopt is None or not mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, -1))  # never
 
 
 @contextmanager

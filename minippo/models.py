@@ -243,7 +243,7 @@ class Packed:
     the N = mask.sum() positions that predict a token that counts, one after the other.
     """
 
-    tokens: Tensor  # (B, W) real tokens, then whatever; the longest row is here but for its last
+    tokens: Tensor  # (B, W) real tokens, then whatever; W is the longest row less its last token
     places: Tensor  # (N,) which of the B * W positions predicts each token that counts
     targets: Tensor  # (N,) the tokens that count, row by row
     slots: Tensor  # (N,) where each of them stands in the B * R of a flat response

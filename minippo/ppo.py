@@ -18,8 +18,8 @@ from minippo.rollout import collect_rollout, rollout_metrics
 def ppo_loss(policy, ref_policy, value_model, batch, config: PPOConfig):
     """L_policy + c1 L_value + c2 L_KL on rows of a rollout; returns the loss and its statistics."""
     packed, mask, clip = batch.packed, batch.mask, config.clip_range
-    # The backward pass begins with what was computed last: better while there are no gradients yet,
-    # for tied embeddings need two tensors of the vocabulary's size at once.
+    # The backward pass begins with what was computed last: tied embeddings need two tensors of the
+    # vocabulary's size at once, best while the critic has no gradients yet.
     values = packed.spread(counted_values(value_model, packed))
     logits = counted_logits(policy, packed)
     logprobs = packed.spread(gather_logprobs(logits, packed.targets, config.temperature))

@@ -415,8 +415,8 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 # of a rare token by a large factor; a token that was sure to come can hardly rise. So the end of
 # one answer, at first a matter of 1 in 370, is 18 times as likely after four steps.
 #
-# The note's ratio is that of a whole *answer*: the product of the ratios of its tokens. Moves that
-# are small for each token add up:
+# The note's ratio is that of a whole *answer*: the product of the ratios of its tokens. One token
+# that moved far takes the answer along, and so do many small moves:
 
 # %%
 each = (table_logprobs(policy, rollout).detach() - rollout.logprobs).masked_fill(~rollout.mask, 0)
@@ -426,9 +426,9 @@ for name, seen in ratios.items():
     print(f"{name:13s} smallest {seen.min():.4f}  largest {seen.max():8.1f}  outside {away:.0%}")
 
 # %% [markdown]
-# One token in nine has left the range, and nine answers in ten. Clipped as a whole, an answer would
-# lose its gradient for the sake of a few of its tokens, and after a few steps nearly all would have
-# lost it. So the ratio is taken token by token, and clipped token by token.
+# One token in nine has left the range, and nine answers in ten. Wherever that is the side to which
+# the advantage points, the whole answer would be stopped, with all its tokens. So the ratio is
+# taken token by token, and clipped token by token.
 #
 # ## Why stop at all? What a rollout promises, and what it keeps
 #
@@ -665,7 +665,7 @@ assert slow < fast - 0.5 and paths[0.2][12] > slow
 # | $L_{value}$ | $V_t$ | $V_t - G_t$ |
 # | $L_{KL}$ (`full`) | the logit of token $a$ | $\pi(a) (\log \frac{\pi(a)}{\pi_{ref}(a)} - KL)$ |
 #
-# Autograd agrees:
+# Autograd agrees on those of a logit:
 
 # %%
 from minippo.losses import ppo_objective
@@ -696,13 +696,16 @@ for name, term, wanted in zip(("policy", "KL"), (policy_term, kl_term), by_formu
 # Is that so, and what of other set-ups? Three steps on half of the rollout with the real policy and
 # the real critic, in four ways:
 #
-# - with Adam, as minippo does it;
+# - with Adam, as in minippo, but without its clips of values and norms: only $c_1$ shall differ;
 # - with plain gradient descent (SGD);
 # - with SGD, where one norm of *all* gradients is clipped, policy's and critic's together;
 # - with Adam, where both share a **trunk**: one network, whose last layer feeds the policy's logits
-#   and a critic's head. The formula comes from that time.
+#   and a critic's head. The formula comes from that time. (The head was trained on another trunk,
+#   so its first values are off; a trained one would pull less.)
 #
-# Each with $c_1$ = 0.1, 1 and 10. How much further or less far does each model move than with 1?
+# Each with $c_1$ = 0.1, 1 and 10. "Moves" is the mean size of the change of a log-probability or a
+# value. "Off" compares all changes with those at $c_1 = 1$: the length of the difference, divided
+# by the length of the latter; 0% means the same change.
 #
 # > **Predict.** In which of the four does $c_1$ change what the *policy* does?
 #
@@ -728,14 +731,14 @@ def moves(c1, optimizer_of, one_norm=math.inf, shared=False):
     weights = list(dict.fromkeys([*policy.parameters(), *critic.parameters()]))  # each once
     optimizer, path = optimizer_of(weights), []
     seen, mask = (half.tokens, half.attention_mask, half.mask.shape[1]), half.mask
-    for _ in range(4):
+    for _ in range(4):  # what is seen before each step; the fourth step is not seen
         logprobs, values = table_logprobs(policy, half), critic(*seen)
         path.append([x.detach()[mask] for x in (logprobs, values)])
         first, _ = policy_loss(logprobs, half.logprobs, half.advantages, mask, 0.2)
         second, _ = value_loss(values, half.values, half.returns, mask, math.inf)
         optimizer.zero_grad()
-        ppo_objective(first, second, 0.0, c1, 0.0).backward()
-        nn.utils.clip_grad_norm_(weights, one_norm)
+        ppo_objective(first, second, 0.0, vf_coef=c1, kl_loss_coef=0.0).backward()
+        nn.utils.clip_grad_norm_(weights, one_norm)  # an infinite norm clips nothing
         optimizer.step()
     return [after - before for before, after in zip(path[0], path[-1])]
 
@@ -772,16 +775,17 @@ assert off["Adam", 10.0, "critic"] < 0.1 < 0.5 < off["SGD", 0.1, "critic"]
 assert min(off[name, 10.0, "policy"] for name in list(ways)[2:]) > 0.3
 
 # %% [markdown]
-# - **Separate critic.** The policy does the same to the last digit. Under SGD $c_1$ is a factor of
-#   the critic's learning rate. Under Adam a factor of ten upwards changes hardly anything;
-#   downwards a little is left: with a gradient that small, the `eps` that Adam adds to its size
-#   begins to count. This is minippo's case: $c_1$ is nearly inert, and the knob that works is the
-#   critic's learning rate, `value_lr`.
-# - **One norm.** The value loss has the larger gradient. With a larger $c_1$ it takes up more of
-#   the norm that is allowed, and the *policy* hardly moves. minippo clips each model's gradients on
-#   their own.
+# - **Separate critic.** The policy does the same to the last digit (within a rollout; the next one
+#   has advantages from another critic). Under SGD $c_1$ is a factor of the critic's learning rate:
+#   a tenth as far with 0.1, 7 times as far with 10, since the gradient shrinks on the way. Under
+#   Adam, with 10, the critic moves 4% further; with 0.1, 16% less far, for beside a gradient that
+#   small the `eps` that Adam adds to its size counts. A hundred times the $c_1$, a quarter more.
+#   This is minippo's case, and the knob that works is the critic's learning rate, `value_lr`.
+# - **One norm.** At 0.1 the limit is not reached, and the row is that of plain SGD. At 1 the
+#   *policy* moves 27% as far, at 10 hardly: the value loss uses up the norm. minippo clips each
+#   model's gradients on their own.
 # - **A shared trunk.** Both losses pull at the same weights, and $c_1$ says how hard the second one
-#   pulls: at 10 the policy moves little more than half as far.
+#   pulls: at 10 the policy moves 60% as far.
 
 # %% [markdown]
 # ## $c_2$: the KL as a term of the loss
@@ -837,7 +841,7 @@ for c2, printed in ((0.0, False), (0.5, False), (1.0, False), (1.0, True)):
 # far as it goes.
 #
 # The KL in the reward and the KL in the loss are not the same term, though. With one token they end
-# at the same policy, as here. With more, a KL loss does not see that a token leads to places where
+# at the same policy. With more, a KL loss does not see that a token leads to places where
 # KL will cost more; notebooks 05 and 08 measure it.
 #
 # ## Break it
@@ -868,10 +872,10 @@ assert broken["smaller loss", 16] > broken["right", 16] > 0
 assert max(broken["sign turned", size] for size in (4, 16)) < -1
 
 # %% [markdown]
-# The turned sign is seen in the score. The smaller loss is not: on the larger rollouts it even
-# gains more than the right one. That is no merit. It stops only tokens that went the wrong way, and
-# lets the others run on, so it does what no clip does: it ends five to seven nats away, and with
-# four answers the gain is lost. Watch the KL, not the score alone.
+# The turned sign is seen in the score. The smaller loss is not always: on the larger rollouts it
+# even gains more than the right one. That is no merit. It stops only tokens that went the wrong
+# way, and lets the others run on, so it does what no clip does: it ends five to seven nats away,
+# and with four answers the gain is lost. Watch the KL, not the score alone.
 #
 # **The mask.** A mean over all positions, padding counted in. There the log-probabilities are 0 in
 # old and new, so the ratio is 1 and the advantage 0:
@@ -892,9 +896,9 @@ print(f"share of positions that count {share:.3f}, quotient of the losses {quoti
 assert abs(share - quotient) < 1e-3
 
 # %% [markdown]
-# Everything is smaller by the share of tokens that count, which differs from batch to batch: one
-# long answer makes the steps of all others smaller. And the alarms sound later: `approx_kl` and
-# `clip_frac` look better than they are.
+# Loss, `clip_frac` and `approx_kl` are smaller by the share of tokens that count, and so is the
+# ratio's distance from 1. That share differs from batch to batch: the longest answer of a batch
+# decides how much the batch weighs. And the alarms sound later than they should.
 #
 # **The shift, the temperature, the positions.** Each of these makes the update see other
 # log-probabilities than the rollout did. The test is one line, before any step: is every ratio 1?
@@ -957,7 +961,7 @@ assert gains[16, "no clip"][0][1].max() > gains[16, "clip_range 0.2"][0][1].max(
 # 3. `ppo_epochs=1` and one minibatch per rollout. What does the clip do?
 # 4. The mean ratio is 1.00 all through training. Does that show that the policy hardly moves?
 # 5. Your critic is separate, the optimizer is Adam, and the critic learns too slowly. You set
-#    `vf_coef` from 0.1 to 1. What happens?
+#    `vf_coef` from 1 to 10. What happens?
 #
 # <details><summary>Answers</summary>
 #
@@ -967,8 +971,8 @@ assert gains[16, "no clip"][0][1].max() > gains[16, "clip_range 0.2"][0][1].max(
 #    $-\hat A_t \nabla \log \pi$ is not 0.
 # 3. Nothing. There is one step, at ratio 1, and then new answers. PPO is then REINFORCE with a
 #    critic.
-# 4. No. The mean of $\pi / \pi_{old}$ over tokens of $\pi_{old}$ is 1 whatever $\pi$ is. Look at
-#    `approx_kl`, `clip_frac` or the largest deviation.
+# 4. No. In expectation the mean of $\pi / \pi_{old}$ over tokens of $\pi_{old}$ is 1 whatever
+#    $\pi$ is. Look at `approx_kl`, `clip_frac` or the largest deviation.
 # 5. Hardly anything: Adam divides by the size of the gradient. Raise `value_lr`, and see whether
 #    the value clip holds it back.
 #
