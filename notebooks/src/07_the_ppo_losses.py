@@ -524,8 +524,8 @@ plt.show()
 
 # %% [markdown]
 # Both runs promise much more than they keep. Without the clip the policy learns its four answers by
-# heart: the promise grows until they are all it says, and of the true gain nothing is left. With
-# the clip it stops early and keeps what it had by then.
+# heart: the promise grows, and of the true gain nothing is left. With the clip it stops early and
+# keeps what it had by then.
 #
 # The clip is caution, not a better way up. From sixteen answers there is more to learn, and there
 # the run without it gains more at its best, and at the end as much as the clipped one. It is only
@@ -649,8 +649,9 @@ print(f"after four rollouts: {slow:.2f} with the clip, {fast:.2f} without")
 assert slow < fast - 0.5 and paths[0.2][12] > slow
 
 # %% [markdown]
-# So scores are standardised before PPO and the critic is warmed up (notebook 06): then a move of
-# 0.2 is a large one. Where neither is done, widen `value_clip_range`.
+# So scores are standardised before PPO, to a spread of 1, and the critic is warmed up (notebook 06):
+# then 0.2 is a fair share of what is left to learn. Where neither is done, widen
+# `value_clip_range`.
 #
 # ## The sum
 #
