@@ -649,8 +649,8 @@ print(f"after four rollouts: {slow:.2f} with the clip, {fast:.2f} without")
 assert slow < fast - 0.5 and paths[0.2][12] > slow
 
 # %% [markdown]
-# So scores are standardised before PPO, to a spread of 1, and the critic is warmed up (notebook 06):
-# then 0.2 is a fair share of what is left to learn. Where neither is done, widen
+# So scores are standardised before PPO, to a spread of 1, and the critic is warmed up (notebook
+# 06): then 0.2 is a fair share of what is left to learn. Where neither is done, widen
 # `value_clip_range`.
 #
 # ## The sum
