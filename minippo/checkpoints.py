@@ -223,14 +223,19 @@ def _blake2(path: Path) -> str:
 
 def training_tensors(state: dict) -> dict[str, Tensor]:
     """Every parameter and every optimizer moment of a training under a flat name."""
-    flat = {}
-    for name, part in state.items():
-        if isinstance(part, nn.Module):
-            flat |= {f"{name}/{key}": value.detach() for key, value in part.named_parameters()}
-        elif isinstance(part, torch.optim.Optimizer):
-            for index, moments in part.state_dict()["state"].items():
-                flat |= {f"{name}/{index}/{key}": value for key, value in moments.items()}
+    named = {name: _tensors_of(part) for name, part in state.items()}
+    flat = {f"{name}/{key}": x for name, own in named.items() for key, x in own.items()}
     return {key: value.contiguous() for key, value in flat.items()}
+
+
+def _tensors_of(part) -> dict[str, Tensor]:
+    """A model's parameters or an optimizer's moments; nothing of anything else."""
+    if isinstance(part, nn.Module):
+        return {key: value.detach() for key, value in part.named_parameters()}
+    if isinstance(part, torch.optim.Optimizer):
+        states = part.state_dict()["state"].items()
+        return {f"{index}/{key}": x for index, moments in states for key, x in moments.items()}
+    return {}
 
 
 def restore_training(state: dict, tensors: dict[str, Tensor], marks: dict) -> None:
