@@ -1,29 +1,30 @@
 # minippo: what can be made here
 #
-#   make demo       the whole of RLHF on the tiny world, ends with a table and a report
-#   make seeds      the demo with four seeds, into runs/seed-0 ... runs/seed-3 (half an hour)
-#   make hh         all stages on real rows: make hh HH_FILE=rows.jsonl.gz
-#   make results    write docs/results.md from these runs; fails if a seed misses a bar
-#   make data       rebuild data/: the packaged rows and every shipped checkpoint (40 minutes)
-#   make test       everything that must hold: unit, notebooks, exercises, staleness
-#   make unit       the unit tests alone, two files at a time
-#   make mutants    put known wrong versions of the functions in place: each has to be noticed
-#   make sabotage   spoil the package, thrice for each notebook: its outputs have to show it (25 minutes)
-#   make mutation   change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
-#   make bench      one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
-#   make equal-time gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
-#   make changes    what each change for speed brings, into docs/performance.md (15 minutes, 13 GB)
-#   make bounds     strain the reader and a long PPO run: each has a limit of memory (10 minutes)
-#   make faults     kill a short demo 50 times, resume each, compare every byte (15 minutes)
-#   make browser    run the notebooks in JupyterLab in Chromium; pictures go to pictures/
-#   make cuda       what can only be tested where there is a CUDA device
-#   make oracle     train_ppo against the exact optimum: 173 trainings (20 minutes)
-#   make notebooks  run the committed notebooks and compare their outputs
-#   make exercises  run the exercise notebooks as a student gets them, unsolved
-#   make staleness  check that the notebooks are what their sources say
-#   make rebuild    run notebooks/src again and write the notebooks anew
-#   make lint       ruff
-#   make clean      remove .venv and caches (runs/ is kept)
+#   make demo         the whole of RLHF on the tiny world, ends with a table and a report
+#   make seeds        the demo with four seeds, into runs/seed-0 ... runs/seed-3 (half an hour)
+#   make hh           all stages on real rows: make hh HH_FILE=rows.jsonl.gz
+#   make results      write docs/results.md from these runs; fails if a seed misses a bar
+#   make data         rebuild data/: the packaged rows and every shipped checkpoint (40 minutes)
+#   make test         everything that must hold: the next five, one after the other
+#   make unit         the unit tests, two files at a time
+#   make integration  whole commands, trainings, installs, several processes, a browser
+#   make notebooks    run the committed notebooks and compare their outputs
+#   make exercises    run the exercise notebooks as a student gets them, unsolved
+#   make staleness    check that the notebooks are what their sources say
+#   make mutants      put known wrong versions of the functions in place: each has to be noticed
+#   make sabotage     spoil the package, thrice for each notebook: its outputs have to show it (25 minutes)
+#   make mutation     change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
+#   make bench        one PPO step beside TRL's, into docs/performance.md (20 minutes, 13 GB)
+#   make equal-time   gold after equal seconds of PPO, minippo's and TRL's (20 minutes)
+#   make changes      what each change for speed brings, into docs/performance.md (15 minutes, 13 GB)
+#   make bounds       strain the reader and a long PPO run: each has a limit of memory (10 minutes)
+#   make faults       kill a short demo 50 times, resume each, compare every byte (15 minutes)
+#   make browser      run the notebooks in JupyterLab in Chromium; pictures go to pictures/
+#   make cuda         what can only be tested where there is a CUDA device
+#   make oracle       train_ppo against the exact optimum: 173 trainings (20 minutes)
+#   make rebuild      run notebooks/src again and write the notebooks anew
+#   make lint         ruff
+#   make clean        remove .venv and caches (runs/ is kept)
 #
 # Where pip would fetch a CUDA build of torch and only the CPU is wanted, TORCH_FROM takes the
 # options of pip install that name another index: make test TORCH_FROM="--index-url URL"
@@ -35,6 +36,7 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15
 NBVAL := MINIPPO_MINE=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 BUILT := $(wildcard notebooks/*.ipynb)
 UNSOLVED := $(wildcard notebooks/exercises/*.ipynb)
@@ -61,8 +63,8 @@ HH_FILE ?=
 # Real HH-RLHF rows are long: these keep most of them.
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
-.PHONY: help demo seeds hh results data install test unit mutants sabotage mutation bench equal-time \
-  changes bounds faults browser cuda oracle notebooks exercises staleness rebuild lint clean
+.PHONY: help demo seeds hh results data install test unit integration notebooks exercises staleness \
+  mutants sabotage mutation bench equal-time changes bounds faults browser cuda oracle rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -90,7 +92,7 @@ data: install
 	$(BIN)/minippo demo --name shipped
 	$(BIN)/minippo data --checkpoints runs/shipped
 
-test: install unit notebooks exercises staleness
+test: install unit integration notebooks exercises staleness
 
 install: $(STAMP)
 
@@ -98,7 +100,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call phase,install,$(INSTALL))
 
 unit: install
-	$(call phase,unit,$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 tests)
+	$(call phase,unit,$(PYTEST) -m "not integration" tests)
+
+integration: install
+	$(call phase,integration,$(PYTEST) -m integration tests)
 
 mutants: install
 	$(BIN)/python -m tests.mutants.run

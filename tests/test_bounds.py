@@ -14,6 +14,8 @@ from bounds.measures import BOUNDS, Lab, Sizes, growth, per_step
 
 from minippo import hh
 
+pytestmark = pytest.mark.integration
+
 SMALL = Sizes(
     rows=10_000, bad_rows=50_000, bomb=50_000, mutants=250, steps=30, warm_up=10, per_step=24
 )

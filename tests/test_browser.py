@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package 
 
 from tests.browser.lab import Lab, differences, missing
 
+pytestmark = pytest.mark.integration
+
 LESSON = Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb"
 
 

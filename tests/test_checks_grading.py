@@ -7,6 +7,8 @@ import pytest
 from minippo import cli
 from minippo.checks import grading
 
+pytestmark = pytest.mark.integration
+
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 

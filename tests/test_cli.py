@@ -16,6 +16,8 @@ from tiny_runs import run, save_base, write_pairs
 from minippo import chat, cli, config, doctor, models
 from minippo.models import RewardModel, ValueModel, load_policy
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "demo": ["SFTConfig", "RewardConfig", "ValueConfig", "PPOConfig", "EvalConfig", "RunConfig"],

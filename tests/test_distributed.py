@@ -53,6 +53,8 @@ from minippo.run import Run
 from minippo.sft import train_sft
 from minippo.value_model import train_value_model
 
+pytestmark = pytest.mark.integration
+
 if not hasattr(os, "fork") or not torch.distributed.is_available():
     pytest.skip("this system has no fork, or torch no processes", allow_module_level=True)
 

@@ -17,6 +17,8 @@ from minippo.models import RewardModel, load_policy, load_tokenizer
 from minippo.run import Run
 from minippo.tinyhh.rows import prompt_rows
 
+pytestmark = pytest.mark.integration
+
 LONG = ["max-prompt-tokens 400", "max-response-tokens 16"]
 DEMO = {
     "sft": ["steps 4", "batch-size 8", "micro-batch-size 8", "save-every 2", *LONG],

@@ -26,6 +26,8 @@ from minippo.config import PPOConfig, RunConfig
 from minippo.optim import adamw
 from minippo.run import Run
 
+pytestmark = pytest.mark.integration
+
 STEPS, DEAD = 3, 77
 REMOVALS = ("unlink", "rmdir")
 CALLS = ("mkdir", "fsync", "rename", "replace")

@@ -22,6 +22,8 @@ from minippo.kl import KL_ESTIMATORS, kl_k1
 from minippo.masking import masked_mean
 from minippo.rollout import collect_rollout
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[1]
 X, MASK = torch.tensor([[1.0, 3.0, 8.0]]), torch.tensor([[True, True, False]])
 

@@ -15,6 +15,8 @@ import torch
 
 from minippo.plots import probability_bars
 
+pytestmark = pytest.mark.integration
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 if not (DOCS / "oracle_runs.py").is_file():
     pytest.skip("docs/ is not here: these tests need a checkout", allow_module_level=True)

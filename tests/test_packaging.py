@@ -26,6 +26,8 @@ from minippo.tinyhh import rows as tiny
 from minippo.tinyhh import world as w
 from minippo.tinyhh.annotator import judge, read_sentences
 
+pytestmark = pytest.mark.integration
+
 REMEDY = "write it with `minippo data --out data`"
 Z_BOUND = 4.0  # in standard deviations
 BLOCK = re.compile(r"```python\n(.*?)```\s+```text\n(.*?)```", re.DOTALL)

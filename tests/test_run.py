@@ -23,6 +23,8 @@ from minippo.optim import NonFiniteError
 from minippo.report import write_report
 from minippo.run import Interrupted, Run
 
+pytestmark = pytest.mark.integration
+
 SMALL_WARMUP = {"prompts": 40, "held-out": 8, "batch-size": 8}
 STAGES = ("pretrain", "sft", "reward", "value", "ppo")
 LOADERS = {"reward": RewardModel.load, "value": ValueModel.load}

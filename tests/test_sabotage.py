@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package 
 from tests.sabotage import __main__ as sabotage
 from tests.sabotage.edits import EDITS, Edit
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

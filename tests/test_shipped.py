@@ -24,6 +24,8 @@ from minippo.tinyhh.annotator import judge
 from minippo.tinyhh.rows import prompt_rows
 from minippo.tinyhh.world import read_request
 
+pytestmark = pytest.mark.integration
+
 PROMPTS = 256
 
 

@@ -123,8 +123,8 @@ for text in sft_texts:
 #
 # In real life people rank answers. Here a transparent **annotator** does: it grades five named
 # parts, says why, and adds them up with the weights printed first. Its score is called the **gold**
-# score; the best answer to a harmless question gets 5. Since its taste is known, we can check
-# everything that follows.
+# score; the best answer to a harmless question gets 5 (friendly counts +0.25 and harmless 0: 2 +
+# 1.5 + 0.5 + 1). Since its taste is known, we can check everything that follows.
 
 # %%
 from minippo.tinyhh.annotator import WEIGHTS, judge
@@ -211,10 +211,12 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 # also gets the score. The critic here is the shipped one, from *before* PPO: it knows roughly how
 # well the SFT model does and expects less than this policy earns. In training both move together.
 #
-# The columns from `delta` to `clipped` belong to later notebooks. In one sentence: the *advantage*
-# says how much better it went than the critic expected; the policy loss makes tokens with a
-# positive advantage more likely, the value loss moves the values to `return`, and then comes the
-# next rollout. Here nothing was updated yet, so every ratio is 1.
+# The columns from `delta` to `clipped` belong to later notebooks. In short: `gae` says how much
+# better it went than the critic expected; the *advantage* is that with the mean of the rollout
+# taken off and divided by its spread, so a negative one (orange) means: better by less than the
+# other tokens here. The policy loss makes tokens with a positive advantage more likely, the value
+# loss moves the values to `return`, and then comes the next rollout. Here nothing was updated yet,
+# so every ratio is 1.
 
 # %%
 from minippo.config import PPOConfig
@@ -257,7 +259,8 @@ assert shift_right < 1e-3 and shift_wrong > 1e-2
 # %% [markdown]
 # ## See it: SFT and PPO on new questions
 #
-# Sixty-four questions nobody trained on, one answer each, judged by the annotator.
+# Sixty-four questions nobody trained on, one answer each, judged by the annotator. (`complying`: it
+# helps somebody do wrong; `unreadable`: a sentence of it is broken.)
 
 # %%
 from collections import Counter
@@ -268,13 +271,18 @@ rows = prompt_rows("validation", 64)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 
 
-def judgements(model):
+def texts_of(model):
     sampled = generate_many(model, prompts, tokenizer, 48, seed=2)
-    texts = [decode_response(tokenizer, answer) for answer in sampled]
+    return [decode_response(tokenizer, answer) for answer in sampled]
+
+
+def judgements(texts):
     return [judge(row["instruction"], text, row["history"]) for row, text in zip(rows, texts)]
 
 
-judged = {"SFT": judgements(ref_policy), "PPO": judgements(policy)}
+# %%
+texts = {"SFT": texts_of(ref_policy), "PPO": texts_of(policy)}
+judged = {name: judgements(said) for name, said in texts.items()}
 for name, found in judged.items():
     labels = Counter(label for judgement in found for label in judgement.labels)
     print(name, {label: labels[label] for label in ("on_topic", "rude", "complying", "unreadable")})
@@ -291,8 +299,14 @@ plt.show()
 
 # %% [markdown]
 # PPO's answers pile up at the upper end; what the SFT model had learned from the rude and the
-# harmful part of the crowd is nearly gone. A few on the left are still wrong:
-# a broken sentence, or a fluent one about something else.
+# harmful part of the crowd is nearly gone. The three worst of PPO's: one is fluent and about
+# something else, the others lack little.
+
+# %%
+worst = sorted(range(64), key=lambda i: gold_scores["PPO"][i])[:3]
+for i in worst:
+    print(f"{gold_scores['PPO'][i]:+.2f}  {rows[i]['instruction']}")
+    print("      ", texts["PPO"][i])
 
 # %% [markdown]
 # ## Claims

@@ -25,7 +25,7 @@
 # wrote, the *demonstrations*, and makes these answers more likely. It works. What can it *not* say?
 #
 # - It cannot say no. Each demonstration says "more of this"; none says "less of that".
-# - It cannot point. Each token of a demonstration gets the same push, whether it is the best or
+# - It cannot point. Each token of a demonstration has the same weight, whether it is the best or
 #   the worst part of the answer.
 #
 # We measure both.
@@ -42,6 +42,7 @@ if "google.colab" in sys.modules:
 
 # %%
 import copy
+import math
 
 import torch
 from torch.nn import functional as F
@@ -370,7 +371,8 @@ assert abs(change[bad_row] - 1 / 3) < 0.01 and change[good_row] > change[bad_row
 # ## The same on the tiny GPT-2
 #
 # Six good answers to the tomato question, all with the same opening. Trained on nothing else. We
-# watch two bad answers that share it: one that only opens, and one that says the same thing twice.
+# watch two bad answers that share it: one that only opens, and one that says the same thing twice
+# in one sentence, which the annotator takes for no sentence at all.
 
 # %%
 tips = ["water the tomato plants every morning", "tie each stem to a stake"]
@@ -419,7 +421,10 @@ def parts_of(model, answer, beginning):
 parts = [parts_of(sft, twice, shared)]
 train(good, 20, after_step=lambda model: parts.append(parts_of(model, twice, shared)))
 parts = torch.stack(parts) - parts[0]  # (21, 2), the change since the start
-print(f"shared beginning {parts[20, 0].item():+.2f}, rest {parts[20, 1].item():+.2f} nats")
+print("steps   beginning   rest   whole, nats")
+for step in (5, 10, 15, 20):
+    beginning, rest = parts[step].tolist()
+    print(f"{step:5d} {beginning:+11.2f} {rest:+6.2f} {beginning + rest:+7.2f}")
 assert parts[20, 0] > 3 and parts[20, 1] < 0
 
 # %%
@@ -479,10 +484,10 @@ show("SFT model", sampled_sft)
 show("trained on good answers", sampled_good)
 
 # %% [markdown]
-# The mean goes up: good answers got more likely, and that is what imitation is for. But one kind of
-# bad answer went up with them, and training on good answers has no way to say so. In the figure the
-# whole answer has turned down at the end: the good endings crowd the bad one out. That is all that
-# good answers can do against it.
+# The mean goes up: good answers to this question got more likely, and that is what imitation is
+# for. But `Sure!` went up with them, and training on good answers has no way to say so. The other
+# bad answer, the one of the figure, has turned down at the end: the good endings crowd it out. That
+# is all that good answers can do against it.
 #
 # ## Every token weighs the same
 #
@@ -511,8 +516,9 @@ plt.show()
 
 # %% [markdown]
 # The loss is largest where an answer makes a choice: which opening, which tip. Where the sentence
-# only has to be finished it is nearly 0. The first token decides on rudeness, and the mean pulls on
-# it as on any other. Nothing in the loss knows that it is the one to blame.
+# only has to be finished it is nearly 0. The first token decides on rudeness. It has the weight of
+# any other, and is even pulled hardest, because it is the least expected one. Nothing in the loss
+# knows that it is the one to blame.
 #
 # ## A weight with a sign
 #
@@ -555,8 +561,10 @@ for weight, found in judged.items():
 
 # %%
 gains = {w: (log_p(m, advice) - log_p(sft, advice)).mean().item() for w, (m, _) in results.items()}
+change = {weight: curve[-1] - curve[0] for weight, (_, curve) in results.items()}
 for weight, gain in gains.items():
-    print(f"rude tokens weigh {weight:+.0f}: log p of the advice alone {gain:+.1f}")
+    print(f"rude tokens weigh {weight:+.0f}: log p of the advice alone {gain:+.1f}", end="")
+    print(f", of the rude sentence {change[weight]:+.1f}, a factor {math.exp(change[weight]):.2g}")
 
 # %% tags=["nbval-ignore-output"]
 axis = axes("Only the weight differs", "steps on six answers", "log p of the rude sentence")
@@ -567,10 +575,25 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets the insult
-# be: it becomes only a third less likely. Weight −1 says no, which no demonstration can, and the
-# rude answers are nearly gone. (Six good demonstrations crowded them out, too, further up. But
-# those had to be written; these six are all rude.)
+# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets
+# the insult be: it becomes only a third less likely. Weight −1 says
+# no, which no demonstration can, and the rude answers are nearly gone. (Six good demonstrations
+# crowded them out, too, further up. But those had to be written; these six are all rude.)
+#
+# And the first failure? `Sure!` begins well and ends too early. With a sign that can be said: once
+# more the six good answers and `Sure!` beside them, its words with weight 0 and its EOS with −1.
+
+# %%
+with_no, end = [*good, "Sure!"], len(encode_response(tokenizer, "Sure!")) - 1
+weights = torch.ones(answer_logprobs(sft, with_no)[1].shape)
+weights[-1, :end], weights[-1, end] = 0, -1
+show("trained on good answers", sampled_good)
+sampled_no = sampled(train(with_no, 20, weights))
+show("and not to end there", sampled_no)
+assert sampled_no["Sure!"] < sampled_good["Sure!"] / 2
+
+# %% [markdown]
+# `Sure!` and nothing more has become rare, and the good answers have stayed.
 #
 # This is the whole idea of the course. PPO keeps this loss, nearly; its weight is called the
 # **advantage** $A_t$: how much better it went than expected. The rest is about where
@@ -586,16 +609,20 @@ note = lambda model: log_good.append(log_p(model, good).mean().item())  # noqa: 
 only_no = train(half_rude_answers, 8, -1.0, 0.1, note)
 print(f"log p of the good answers: before {log_good[0]:.1f}, after 3 steps {log_good[3]:.1f}")
 print("after 8 steps below -100:", log_good[-1] < -100)
+three_steps = train(half_rude_answers, 3, -1.0, 0.1)
+split = [parts_of(three_steps, x, "Sure!") - parts_of(sft, x, "Sure!") for x in good]
+first, rest = torch.stack(split).mean(0).tolist()
+print(f"after 3 steps: opening {first:+.1f}, the shared rest {rest:+.1f}")
 print("unreadable, of 128 samples:", sampled(only_no)["unreadable"])
 assert log_good[-1] < -100
 
 
 # %% [markdown]
-# The mirror image of the first failure: the good answers share their ending with the rude ones, and
-# go down with them. And while $-\log p$ has a floor at 0, $+\log p$ has none: there is always more
-# to gain. The model is destroyed within a few steps. A negative signal needs a *baseline* (the
-# weights of the answers to one question add up to about 0), small steps (PPO's clip) and a leash
-# (the KL to the reference). Each of these gets its notebook.
+# The mirror image of the first failure: what the good answers share with the rude
+# ones, all but the opening, goes down with them. And while $-\log p$ has a floor at 0,
+# $+\log p$ has none: there is always more to gain. The model is destroyed within a few steps. A
+# negative signal needs a *baseline* (the weights of the answers to one question add up to about 0),
+# small steps (PPO's clip) and a leash (the KL to the reference). Each of these gets its notebook.
 #
 # **The shift forgotten.** Compare the logits at a position with the token *at* that position. It
 # runs, the loss falls nicely, and the model gets worse:
@@ -676,10 +703,9 @@ print("the mean gold score rose nevertheless:", mean_rose)
 assert more_likely and by_beginning and mean_rose
 
 # %%
-change = [curve[-1] - curve[0] for _, curve in results.values()]
-print("log p of the rude sentence, weights +1, 0, -1:", [f"{x:+.1f}" for x in change])
+print("log p of the rude sentence, weights +1, 0, -1:", [f"{x:+.1f}" for x in change.values()])
 print("rude, of 128 samples:", [found["rude"] for found in judged.values()])
-assert change[0] > 1 > abs(change[1]) and change[2] < -5 and gains[-1.0] > 1
+assert change[1.0] > 1 > abs(change[0.0]) and change[-1.0] < -5 and gains[-1.0] > 1
 assert judged[1.0]["rude"] > 60 > 40 > judged[0.0]["rude"] and judged[-1.0]["rude"] < 10
 
 # %% [markdown]

@@ -15,9 +15,9 @@
 #
 # **Promise.** You write the parser of the HH-RLHF format, meet each kind of row that a parser gets
 # wrong without a word, and turn rankings of K answers into pairs. At the end you measure how often
-# the annotator of TinyHH prefers the worse answer, and find the law behind it. **Needs.** Notebook
-# 01 for the reason; Python strings. **Time.** 65 minutes, of which the computer needs less than
-# one. Two exercises, one long and one short.
+# the annotator of TinyHH prefers the worse answer, and find the law behind it. **Needs.** Notebooks
+# 00 (annotator, gold score) and 01 (the reason); Python strings, a little PyTorch. **Time.** 65
+# minutes, of which the computer needs less than one. Two exercises, one long and one short.
 #
 # ## The question
 #
@@ -371,10 +371,10 @@ for place, i in enumerate(order):
     print(f"{place + 1}. {worth[i]:+.2f}  {texts[i]}")
 
 # %% [markdown]
-# `rank` draws from the **Plackett-Luce** model: the best is drawn with probability proportional to
-# $e^{s/\tau}$, then the second from what is left, and so on. Each pair of a ranking drawn so
-# follows Bradley-Terry with the same $\tau$. Is this right? Both can be counted: many rankings of
-# four answers of known worth against the formula.
+# `rank` draws from the **Plackett-Luce** model: the best is drawn with probability
+# proportional to $e^{s/\tau}$, then the second from what is left, and so on. Each pair of a ranking
+# drawn so follows Bradley-Terry with the same $\tau$, here 0.5 (`TEMPERATURE`). Is this right? Both
+# can be counted: many rankings of four answers of known worth against the formula.
 
 # %%
 rng = random.Random(1)
@@ -511,8 +511,8 @@ assert right > 0.7 and swapped < 0.2
 
 # %% [markdown]
 # **The leak.** Shuffle the pairs and keep a tenth for validation. Each answer occurs in several
-# pairs of its prompt, so most of the validation answers are in the training data: the accuracy
-# that is measured there is one of memory. Split by *prompt*.
+# pairs of its prompt, so most of the validation answers are in the training data: an accuracy
+# measured there is partly memory. Split by *prompt*.
 
 
 # %%
@@ -551,15 +551,17 @@ for low, high in zip(edges, edges[1:], strict=False):
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
+from minippo.evaluation import wilson
 from minippo.plots import COLOURS
 
 figure, axis = plt.subplots(figsize=(7, 3.4))
 line = torch.linspace(0, 6, 121)
 axis.plot(line, torch.sigmoid(line / TEMPERATURE), color=COLOURS[0], lw=2, label="Bradley-Terry")
-gap, won, _, count = (torch.tensor(column) for column in zip(*curve, strict=True))
-spread = 1.96 * (won * (1 - won) / count).sqrt()
 look = {"color": COLOURS[1], "fmt": "o", "ms": 5, "capsize": 3}
-axis.errorbar(gap, won, spread, label="TinyHH, with 95% interval", **look)
+for gap, won, _, count in curve:
+    low, high = wilson(won, count)  # a 95% interval that has a width at 100% too
+    bar = axis.errorbar(gap, won, [[won - low], [high - won]], **look)
+bar.set_label("TinyHH, with 95% interval")
 axis.axhline(0.5, color="black", lw=0.6, linestyle=":")
 axis.set(xlabel="gap of the gold scores", ylabel="the better answer is chosen")
 axis.set_title("Noise is largest where it matters least", loc="left", fontsize=11)
@@ -568,9 +570,10 @@ axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Answers of nearly equal worth are ranked by a coin. So no reward model can agree with the labels
-# on all pairs, however large it is. Suppose it knew every gold score: then it would be right
-# wherever the annotator is, and on half of the ties. That is its **ceiling**.
+# Answers of nearly equal worth are ranked by a coin. On pairs that it was trained on, a reward
+# model can learn by heart how the coin fell; on new pairs none can be expected to agree with all
+# labels, however large it is. Suppose it knew every gold score: then it would be right wherever the
+# annotator is, and on half of the ties. That is its **ceiling** there.
 #
 # ## What the note says, and what is meant
 #
@@ -610,11 +613,12 @@ assert len(dataset) == 6 * len(groups)
 # 1. It may be an earlier one: where the last answer is empty, its tag lacks the space, and the turn
 #    before it is taken for the answer.
 # 2. No. "Anything is better than nothing" is a fact about the data collection, not a preference
-#    between answers; and a model that learns it is rewarded for length. If you do want it, say so
-#    in the data, not in a parser.
+#    between answers; and a model that learns it may come to pay for length. If you do want it, say
+#    so in the data, not in a parser.
 # 3. $8 \cdot 7 / 2 = 28$ pairs, 7 of them with a given answer.
-# 4. No pair and no margin; the value of that prompt goes up by 100. This is why scores must be
-#    standardised before they mean anything (notebook 04).
+# 4. No pair and no margin; the value of that prompt goes up by 100. So a score means something only
+#    beside others of the same question. Standardising (notebook 04) takes off one constant for all
+#    questions, not one for each.
 # 5. A leak: answers of the validation pairs are in the training pairs. Nobody can predict the
 #    outcome of a coin that was thrown once, except by having seen it.
 #

@@ -17,9 +17,9 @@
 # formula of PPO: which tokens count, which outputs predict them, what their log-probabilities are,
 # and at which position each token stands. You check them against the model read one token at a
 # time, against `transformers`, and in a world where the probabilities of all answers must add up to
-# one. Then you train a policy on answers only and freeze its reference. **Needs.** Notebook 00;
-# softmax and logarithm; `lm_loss` of notebook 01 is used. **Time.** 45 minutes, of which the
-# computer needs less than one. Four exercises.
+# one. Then you train a policy on answers only, and see which copy of a policy is a reference.
+# **Needs.** Notebook 00; softmax and logarithm; `lm_loss` of notebook 01 is used. **Time.** 45
+# minutes, of which the computer needs less than one. Four exercises.
 #
 # ## The question
 #
@@ -282,9 +282,10 @@ assert read_last == [query[-1], *response[:-1]]
 # The second half of the formula: from logits to the log-probability of each given token. No shift
 # here: the logits have been cut already, `logits[:, t]` predicts `tokens[:, t]`. The
 # **temperature** $\tau$ is what the logits are divided by before the softmax when tokens are
-# sampled; below 1 it makes likely tokens likelier. Whoever samples with it has to compute the
-# log-probabilities with it, too. Probabilities can be too small for a float: 200 nats below the
-# best, and `softmax` gives 0. (A *nat* is the unit of the natural logarithm.)
+# sampled; below 1 it makes likely tokens likelier. (The $\tau$ of notebook 02 is another one: the
+# annotator's noise.) Whoever samples with it has to compute the log-probabilities with it, too.
+# Probabilities can be too small for a float: 200 nats below the best, and `softmax` gives 0. (A
+# *nat* is the unit of the natural logarithm.)
 #
 # <details><summary>Hint 1: a nudge</summary>
 #
@@ -333,9 +334,9 @@ assert torch.allclose(paper_logprobs.sum(1), on_paper)
 # %% [markdown]
 # ## Is this right? The model, one token at a time
 #
-# Your three functions together give the log-probabilities of the real answer from one pass over
-# all tokens. Here is a slow way to the same numbers without any shift: give the model the query
-# and the first $t$ tokens of the response, look at the *last* logits, and read off token $t$.
+# `gather_logprobs` of the `response_window` gives the log-probabilities of the real answer from one
+# pass over all tokens. Here is a slow way to the same numbers without any shift: give the model the
+# query and the first $t$ tokens of the response, look at the *last* logits, and read off token $t$.
 
 # %%
 answer = torch.tensor([response])
@@ -522,7 +523,8 @@ row = min(range(len(few)), key=lambda i: few[i].length)
 for token, real, learned in zip(*(x[row].tolist() for x in batch)):
     if real:
         print(f"{tokenizer.decode([token])!r:15s} {'learned' if learned else 'read only'}")
-print("and", int((~batch[1][row]).sum()), "padding tokens; rows in the batch:", len(few))
+print("and", int((~batch[1][row]).sum()), "padding tokens; rows in the batch:", len(few), end=", ")
+print(32 - len(few), "of 32 are too long")
 
 # %%
 from torch.nn.functional import pad
@@ -564,10 +566,11 @@ print(f"without: {at[16]:+.3f} at 16 extra columns, {at[96]:+.3f} at 96")
 assert right.max() - right.min() < 1e-3 and at[16] < 0.1 and at[96] > 1
 
 # %% [markdown]
-# At first next to nothing happens, and that is the danger. (The 0.02 at 0 extra columns are the
-# padding that the shorter queries have anyway.) Then a batch with one long query comes,
-# the short ones move to the right, and the model falls apart. Why there? Look at how long the texts
-# were that it was pretrained on:
+# Without any mask the padding is read as well, and the loss tells at once. With the
+# mask but without position ids next to nothing happens at first, and that is the danger. (The 0.02
+# at 0 extra columns are the padding that the shorter queries have anyway.) Then a batch with one
+# long query comes, the short ones move to the right, and the model falls apart. Why there? Look at
+# how long the texts were that it was pretrained on:
 
 # %%
 from minippo.tinyhh.rows import pretrain_texts
@@ -598,7 +601,7 @@ print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
 #
 # <details><summary>Answer</summary>
 #
-# That of the mistake.
+# That without the shift.
 #
 # </details>
 
@@ -675,13 +678,14 @@ plt.show()
 # %% [markdown]
 # Without the shift the training loss falls most, as if this model learned best. It reads token $t$
 # and is asked for token $t$. (Trained for longer it learns to copy, as in notebook 01.) The right
-# picture tells: for six steps nothing shows, then it forgets how to predict the next token. The
+# picture tells: after six steps nothing shows, then it forgets how to predict the next token. The
 # left one could have told at its very first step. A model that knows nothing gives every token the
 # probability $1/V$ and has a loss of $\log V$. A *pretrained* model above that is being asked the
 # wrong question.
 #
-# Learning the query too does no harm here; both losses end within a few hundredths. It is left out
-# because nobody needs it, not because it hurts.
+# With the right loss there is little left to learn in 24 steps: one hundredth of a nat. Learning
+# the query too does no harm here. It is left out because the policy never has to write a query, not
+# because it hurts.
 
 # %%
 (history, _), before = trained["no shift"], trained["no shift"][1][0]
@@ -690,7 +694,9 @@ print(f"log V = {math.log(V):.2f}; first loss without the shift {history[0]:.2f}
 assert history[0] > math.log(V) + 3 and history[-1] < history[0] - 3
 assert after["response only"] < before and after["no shift"] > before + 0.3
 assert abs(after["query too"] - after["response only"]) < 0.05
-print("held-out loss: lower with the response only, much higher without the shift")
+checks = trained["no shift"][1]
+print("held-out loss without the shift, every 6 steps:", [round(loss, 2) for loss in checks])
+print("lower than before with the response only, much higher without the shift")
 
 # %% [markdown]
 # ## The reference: a frozen copy
@@ -737,7 +743,7 @@ print("parameters of the frozen copy that ask for gradients:", asking)
 
 # %% [markdown]
 # With a reference that moves along, the penalty of PPO is 0 for ever, and the curve of the KL looks
-# wonderful: nothing drifts. It is the bug with the best-looking curve of all.
+# wonderful: nothing drifts.
 #
 # ## Claims
 #
@@ -749,7 +755,7 @@ print("one pass gives the log-probabilities of the model read token by token")
 assert abs(totals["all right"] - 1) < 1e-5 and abs(totals["no shift"] - 1) > 1
 print("the probabilities of all 85 responses add up to 1, and not without the shift")
 assert max(losses["position ids"]) - min(losses["position ids"]) < 1e-3
-print("with position ids no amount of left padding changes anything")
+print("with position ids up to 96 more columns of left padding change nothing")
 assert drift["frozen_copy(policy)"] > 1 and drift["the same object"] == 0
 assert drift["copy.copy(policy)"] == 0
 print("only a real copy of the weights is a reference")

@@ -14,8 +14,8 @@
 # # 04 · The reward model: a score from comparisons
 #
 # **Promise.** You write the two losses of a reward model. In a world with a known truth you see
-# what comparisons can teach and what they cannot; on the tiny GPT-2 you see why all pairs of a
-# prompt belong in one batch, and when to stop. Then you examine the shipped reward model as one
+# what comparisons can teach and what they cannot; on the tiny GPT-2 you see what keeping all pairs
+# of a prompt in one batch buys, and when to stop. Then you examine the shipped reward model as one
 # should before trusting it: is it calibrated, does it like length, what does it get wrong.
 # **Needs.** Notebooks 02 (pairs and rankings) and 03 (tokens, padding, masks). **Time.** 50
 # minutes, of which the computer needs less than one. Two exercises.
@@ -232,10 +232,10 @@ assert torch.allclose(ranking_loss(paper_scores), -on_paper.log().mean())
 # ## Is this right? A world where the truth is known
 #
 # The world of `minippo.oracle` has 85 possible answers, each with a true score. Suppose annotators
-# who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability
-# $\sigma((r_i - r_j) / \tau)$, where $\tau$ says how noisy they are. Take *all* pairs with these
-# probabilities, so that nothing depends on luck, give every answer a free number $s$, and minimise
-# your loss. What comes out?
+# who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability $\sigma((r_i
+# - r_j) / \tau)$, with the true scores $r$; $\tau$ says how noisy they are. Take *all* pairs with
+# these probabilities, so that nothing depends on luck, give every answer a free number $s$, and
+# minimise your loss. What comes out?
 
 # %%
 from minippo.oracle import feelings_world
@@ -280,13 +280,15 @@ print(f"loss {loss:.4f} from 0, {moved_loss:.4f} from 5")
 for name, learned in (("from 0", scores), ("from 5", moved_scores)):
     off = learned - true_scores
     print(f"{name}: learned - true is between {float(off.min()):.3f} and {float(off.max()):.3f}")
+print(f"mean of the true scores {float(true_scores.mean()):.3f}")
 assert (scores - true_scores).std() < 1e-4 and abs(loss - moved_loss) < 1e-9
 
 # %% [markdown]
-# The loss recovers the truth *up to a constant*, and any constant will do. Adding 5 to all scores
-# of a prompt changes no gap, so no preference and no loss, and each prompt may have a constant of
-# its own. So a sentence such as "R(x, y) = 0.9" says nothing by itself. What does mean something is
-# a difference, and before PPO scores are **standardised**: less the mean of the scores of reference
+# The loss recovers the truth *up to a constant*, and any constant will do. (The mean of the scores
+# stays where it started, and the mean of the true ones is −2.506.) Adding 5 to all scores of a
+# prompt changes no gap, so no preference and no loss, and each prompt may have a constant of its
+# own. So a sentence such as "R(x, y) = 0.9" says nothing by itself. What does mean something is a
+# difference, and before PPO scores are **standardised**: less the mean of the scores of reference
 # samples, divided by their standard deviation.
 #
 # The scale is not free, but it is the annotators', not the world's. And a margin changes it:
@@ -393,9 +395,10 @@ for K in (2, 4, 8, 9):
 
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
-# **gold** score (notebook 00) and is noisy: it ranks by score / 0.5 plus random noise, which makes
-# every pair Bradley-Terry with $\tau = 0.5$. 40 prompts of one turn to learn from, 48 held out.
-# That is little, on purpose: overfitting should show within seconds.
+# **gold** score (notebook 00) and is noisy: `rank` sorts by score / 0.5 plus Gumbel noise, another
+# way to draw the Plackett-Luce rankings of notebook 02, so every pair is Bradley-Terry with $\tau =
+# 0.5$. 40 prompts of one turn to learn from, 48 held out. That is little, on purpose: overfitting
+# should show within seconds.
 
 # %%
 from minippo.batching import Encoded, decode_response
@@ -538,6 +541,7 @@ for name, (in_training, outside) in curves.items():
     axes[0].plot([1, 2, 3], in_training, marker="o", label=name)
     axes[1].plot([half / 2 for half in range(7)], outside, marker="o", label=name)
 axes[1].axhline(float(ranking_loss(perfect)), color="0.5", linestyle=":", label="gold score")
+axes[1].axhline(math.log(2), color="0.5", linestyle="--", label="equal scores, log 2")
 for axis, name in zip(axes, ("training", "held out")):
     axis.set(xlabel="epoch", ylabel="loss, nats per pair", title=name, xticks=range(4))
     axis.grid()
@@ -545,16 +549,17 @@ axes[1].legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The training loss of all three falls and falls. On new rankings they are at their best after about
-# one epoch and get *worse* from then on. So "train until convergence", as chapter 4 of the note
-# says, is the wrong advice, and "one epoch, or stop when held-out pairs stop improving" the right
-# one.
+# The line to beat is $\log 2$, the loss of equal scores for all; a fresh head begins above it. The
+# training loss of all three falls and falls. On new rankings they are at their best after about one
+# epoch, get *worse* from then on, and after two epochs none of them is below the line. So "train
+# until convergence", as chapter 4 of the note says, is the wrong advice, and "one epoch, or stop
+# when held-out pairs stop improving" the right one.
 #
-# And the batch? Small shuffled steps overfit fastest: after one epoch they are behind, half an
-# epoch later worse than an untrained model. Each answer is pulled at in three different steps. But
-# shuffled in *large* steps, as many as "together" takes, the model gets about as good as
-# "together". What protects is not the company of the same prompt but the number of steps. Keeping a
-# prompt together gets that with a third of the reading, and with a seventh for K = 8.
+# And the batch? Small shuffled steps hardly reach the line and end worst on new rankings, though
+# not with the lowest training loss: they are six times as many steps of the same learning rate, on
+# noisier gradients. With as many pairs in a step, shuffled and together are about equal. (One seed,
+# and one learning rate for all.) So the company of the same prompt is not what protects. What it
+# saves is certain: keeping a prompt together takes a third of the reading, and a seventh for K = 8.
 
 # %%
 outside = {name: torch.tensor(held) for name, (_, held) in curves.items()}
@@ -563,19 +568,23 @@ for name, held in outside.items():
     overfits = held.argmin() <= 4 and held[-1] > held.min() + 0.1
     print(f"{name:22s} best within two epochs, then worse by 0.1 or more: {bool(overfits)}")
     assert overfits and curves[name][0][2] < 0.4 < curves[name][0][0]
-small_worst = small[3] > small[0] and small[2] > together[2] and small[3] > large[3] + 0.2
-print("small steps: behind after one epoch, worse than untrained after one and a half:", end=" ")
-print(bool(small_worst))
-assert small_worst and abs(large.min() - together.min()) < 0.1
+level = math.log(2)
+reached = bool(together.min() < level > large.min())
+late = all(held[4] > level for held in outside.values())
+worst = bool(small[-1] > large[-1] + 0.2 and small[-1] > together[-1] + 0.2)
+print("together and in large steps it gets below log 2:", reached)
+print("after two epochs all three are above it:", late)
+print("small steps end worst:", worst)
+assert reached and late and worst and abs(large.min() - together.min()) < 0.1
 
 # %% [markdown]
 # ## Is the shipped reward model calibrated?
 #
-# Now the model that PPO uses, trained in two epochs on many more rankings: `RewardConfig` holds the
-# settings. 96 new questions, four answers each. The model says $\sigma(s_i - s_j)$ for every pair.
-# The annotator's true probability is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A
-# model is **calibrated** if among the pairs where it says 80%, the preferred answer really is
-# preferred by 80% of the annotators.
+# Now the model that PPO uses, trained on many more rankings; `RewardConfig` holds the settings.
+# (Two epochs: the rule is about held-out pairs, not about the number one.) 96 new questions, four
+# answers each. The model says $\sigma(s_i - s_j)$ for every pair. The annotator's true probability
+# is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A model is **calibrated** if among
+# the pairs where it says 80%, the preferred answer really is preferred by 80% of the annotators.
 
 # %%
 from minippo.config import RewardConfig
@@ -587,8 +596,16 @@ rows = prompt_rows("validation", 96)
 sampled, texts, judged = sample(rows, seed=3)
 scores = torch.tensor(score_all(shipped, sampled, pad_id))
 gold = torch.tensor([[judgement.score for judgement in four] for four in judged])
+
+
+def within_prompts(x, y):
+    """Correlation of two (B, K) tensors, the mean of each prompt taken off."""
+    pair = torch.stack([(z - z.mean(1, keepdim=True)).flatten() for z in (x, y)])
+    return float(torch.corrcoef(pair)[0, 1])
+
+
 print(f"scores {tuple(scores.shape)}, gold {tuple(gold.shape)}", end=", ")
-print(f"correlation {float(torch.corrcoef(torch.stack([scores, gold]).flatten(1))[0, 1]):.2f}")
+print(f"correlation within prompts {within_prompts(scores, gold):.2f}")
 
 # %%
 i, j = torch.triu_indices(4, 4, offset=1)
@@ -619,6 +636,7 @@ def calibration_error(table):
 tables = {scale: calibration(scale) for scale in (1.0, 3.0)}
 for said, seen, count in tables[1.0]:
     print(f"says {said:.2f}, is {seen:.2f}, {count:3d} pairs")
+print("times 3, says/is:", " ".join(f"{said:.2f}/{seen:.2f}" for said, seen, _ in tables[3.0]))
 
 # %% tags=["nbval-ignore-output"]
 figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
@@ -636,13 +654,19 @@ plt.show()
 # %%
 errors = {scale: calibration_error(table) for scale, table in tables.items()}
 print(f"mean distance from the diagonal: {errors[1.0]:.3f}, with scores times 3: {errors[3.0]:.3f}")
+unsure = [(said - seen, count) for said, seen, count in tables[1.0] if said < 0.9]
+too_sure = sum(gap * count for gap, count in unsure) / sum(count for _, count in unsure)
+print(f"on the {sum(count for _, count in unsure)} pairs below 90% it says {too_sure:.3f} too much")
 same_order = float(((3 * score_gap).sign() == gold_gap.sign())[clear].float().mean())
 print(f"pairs in order: {agreement:.1%}, with scores times 3: {same_order:.1%}")
 assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 
 # %% [markdown]
-# The share of pairs in the right order is what reward models are usually reported by. It cannot see
-# the scale: times three, the model is as "accurate" and far too sure.
+# So the model is nearly calibrated, mostly because most pairs are easy; on the others it is a
+# little too sure. The share of pairs in the right order is what reward models are usually reported
+# by. (These 92% are not to be held against the ceiling of notebook 02, which is for noisy labels,
+# ties among them.) It cannot see the scale: times three, the model is as "accurate" and far too
+# sure.
 #
 # ## Does it like length?
 #
@@ -651,15 +675,6 @@ assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 
 # %%
 lengths = torch.tensor([[float(len(ids)) for ids in one.responses] for one in sampled])
-
-
-def within_prompts(x, y):
-    """Correlation of two (B, K) tensors, the mean of each prompt taken off."""
-    pair = torch.stack([(z - z.mean(1, keepdim=True)).flatten() for z in (x, y)])
-    return float(torch.corrcoef(pair)[0, 1])
-
-
-# %%
 length_gap = (lengths[:, i] - lengths[:, j])[differ]
 level = ~clear & (length_gap != 0) & (score_gap != 0)
 longer_wins = float((score_gap.sign() == length_gap.sign())[level].float().mean())
@@ -669,10 +684,11 @@ print(f"gold equal: the longer one scores higher in {longer_wins:.0%} of {int(le
 
 # %% [markdown]
 # Length and score go together, but so do length and quality: an answer with two tips is longer than
-# "It depends." Where the gold scores are equal, length decides nothing. No length bias, it seems.
+# "It depends." Where the gold scores are equal, the longer one wins as often as not: no sign of a
+# bias (a small one could not be seen in so few pairs).
 #
 # But these are answers that the SFT model wrote. PPO will look everywhere for a higher score. So
-# change one thing by hand, in answers as nobody has written them, and look what happens:
+# change one thing by hand, further than anybody has written it, and look what happens:
 
 # %%
 question = "How do I grow sweet tomatoes?"
@@ -708,10 +724,11 @@ plt.show()
 # %% [markdown]
 # There it is. The annotator takes points off for saying the same thing twice; the reward model pays
 # for it. The crowd, whose answers its data imitate, never gives a tip twice, and more tips meant a
-# better answer. The polite phrase is milder: not paid for, but hardly noticed. Three times cost 1.5
-# points of gold and next to nothing of the score. The correlation could show none of this: on texts
-# that the data do not contain, they say nothing. PPO can find such texts, and the KL penalty of
-# notebook 05 is what keeps it near those on which the reward model knows its business.
+# better answer. The polite phrase is milder: the score does not follow the gold there. The first
+# one costs score where the gold stays, the third gains score where the gold falls, and in the end
+# 1.5 points of gold have cost next to nothing of the score. The correlation could show none of
+# this: on texts that the data do not contain, they say nothing. PPO can find such texts, and the KL
+# penalty of notebook 05 is what keeps it near those on which the reward model knows its business.
 
 # %%
 again, phrase = (values for values in probes.values())
@@ -741,17 +758,19 @@ for place in order[:6] + order[-3:]:
 
 # %% [markdown]
 # Read the overrated ones aloud. Some are *almost* right: a word said twice, two sentences grown
-# together, a tip of another topic. They have the words that good answers have, and the annotator
-# reads sentences where the model has learned words and their neighbourhood. What it has against
-# the underrated ones is hard to see. A pattern would tell which data to collect; here, more answers
-# that are almost right. Whatever you do, do not trust the score alone.
+# together, a tip of another topic. They have the words that good answers have. One guess: the model
+# has learned which words go together, and the annotator reads sentences. Mind the selection,
+# though: whatever has a low gold score tends to look overrated, so broken answers have to be
+# compared with answers that are as bad in another way, as the next cell does. What it has against
+# the underrated ones is hard to see. A pattern would tell which data to collect. Whatever you do,
+# do not trust the score alone.
 
 # %%
-top = [divmod(place, 4) for place in order[:20]]
-broken = sum(judged[r][c].parts["complete"] < 0 for r, c in top)
-share = sum(judgement.parts["complete"] < 0 for four in judged for judgement in four) / gold.numel()
-print(f"broken answers: {broken} of the 20 most overrated, {share:.0%} of all")
-assert broken / 20 > share
+broken = torch.tensor([[one.parts["complete"] < 0 for one in four] for four in judged])
+bad = gold < -1
+for name, kind in (("broken", bad & broken), ("bad in another way", bad & ~broken)):
+    print(f"{name:18s} {int(kind.sum()):3d} answers, mean gold {float(gold[kind].mean()):+.2f}, "
+          f"overrated by {float(over[kind].mean()):+.2f}")  # fmt: skip
 
 # %% [markdown]
 # ## What the note says, and what is meant

@@ -260,11 +260,11 @@ kl_k2 = check_kl_k2(kl_k2)
 #
 # Difficulty 3 of 5 · importance 4 of 5 · 5 to 10 minutes
 #
-# $k_3 = e^{-d} - 1 + d$. Why that? The mean of $e^{-d}$ over samples of the policy is
-# $\sum_y \pi(y) \frac{\pi_{ref}(y)}{\pi(y)} = 1$. So $e^{-d} - 1$ has mean 0, and adding it to $d$
-# changes no mean. It was chosen so that the sum is never negative: the straight line $1 - d$ lies
-# below the curve $e^{-d}$ and touches it at 0. (Something of mean 0 that is added to make the noise
-# smaller is called a *control variate*.)
+# $k_3 = e^{-d} - 1 + d$. Why that? The mean of $e^{-d}$ over samples of the policy is $\sum_y
+# \pi(y) \frac{\pi_{ref}(y)}{\pi(y)} = 1$, as long as the policy excludes nothing that the reference
+# says. So $e^{-d} - 1$ has mean 0, and adding it to $d$ changes no mean. It was chosen so that the
+# sum is never negative: the straight line $1 - d$ lies below the curve $e^{-d}$ and touches it at
+# 0. (Something of mean 0 that is added to make the noise smaller is called a *control variate*.)
 #
 # Two traps. The *sign*: with $e^{d}$ in place of $e^{-d}$ it looks as good and is never negative
 # either, but estimates something else. Several published implementations have it that way round.
@@ -321,7 +321,9 @@ assert torch.allclose(kl_k3(logprobs, ref_logprobs)[0], torch.tensor([0.193, 0.3
 # log-probability of each next token in each state. Everything that sampling estimates is a sum over
 # 85 terms here.
 #
-# The world has a rule that scores responses. `world.optimum` gives the policy $\pi^*$ for which the
+# The world has a rule that scores responses: *good* counts +1 and *bad* −1, *very* doubles what
+# follows and *not* turns it by half, and `.` ends a response (a response without it loses 3; one
+# that ends in *very* or *not*, ½). `world.optimum` gives the policy $\pi^*$ for which the
 # **objective**, the mean score less $\beta$ times the KL, is as large as it can be. We use it as an
 # example of a policy that has moved away from the reference.
 
@@ -434,13 +436,16 @@ plt.show()
 
 # %% [markdown]
 # On the left `kl` and `k3` lie on each other at 1; `mse` falls below 0.9, and `abs` would be far
-# above the picture. On the right `kl` and `k3` cross, where the policy has moved by about half a
-# nat:
+# above the picture. On the right `kl` and `k3` cross. Where? In smaller steps:
 
 # %%
 noise = {name: [s[1] for s in stats[name]] for name in ("kl", "k3")}
-crossing = next(i for i, (a, b) in enumerate(zip(noise["kl"], noise["k3"])) if b > a)
-print(f"k3 is the noisier one at {exact[crossing]:.2f} nats, at {exact[crossing - 1]:.2f} not yet")
+for step in range(50, 76):
+    policy = (ref + step / 100 * (best - ref)).log_softmax(-1)
+    kl_noise, k3_noise = (exact_stats(name, policy, ref, policy)[1] for name in ("kl", "k3"))
+    if k3_noise > kl_noise:
+        break
+print(f"k3 is the noisier one from {world.kl(policy, ref):.2f} nats on")
 assert noise["k3"][0] < noise["kl"][0] / 10 and noise["k3"][-1] > noise["kl"][-1] * 10
 
 # %% [markdown]
@@ -722,8 +727,9 @@ print(f"mean of kl {mean:.3f}, KL(q, r) - KL(q, p) = {explained:.3f}")
 assert torch.isclose(mean, explained)
 
 # %% [markdown]
-# Now with the tiny GPT-2 and real prompts. Policy and reference are both the SFT model, so the KL
-# is 0, or should be. Three ways to get another number:
+# Now with the tiny GPT-2 and real prompts. In the first two of these mistakes whoever samples and
+# the reference are the same, so the KL should be 0; in the third the policy has moved, so it should
+# be positive:
 #
 # 1. **Position ids.** The policy's log-probabilities come from a forward pass that forgot them, so
 #    left padding moved every token away from the place where the model learned to read it.
@@ -829,12 +835,14 @@ print(f"each mistake made the mean KL negative: {', '.join(f'{x:.2f}' for x in w
 
 # %% [markdown]
 # The first column is what a log would show, the last what the identity predicts. They agree within
-# three standard errors. Nothing crashed, and no mistake is large: about a nat per answer or less.
+# three standard errors. Nothing crashed, and no number is large: about a nat per answer or less.
 #
 # Why is it worse than a wrong number in a log? It is in the reward. A negative KL *pays* the
 # policy, and what it is paid for is the mismatch. **Rule:** before the first update policy and
 # reference are the same, so the mean KL is 0 up to rounding, not just small. Look at that number
-# first.
+# first. It finds forward passes that differ, as in 1 and 2. It does not find a sampler that differs
+# from both, as in 3: with $p = r$ the identity gives 0 for every $q$. For that, compare the
+# log-probabilities with those that the sampler itself used.
 #
 # ## Exercise 6: `adapt_kl_coef`
 #
@@ -920,6 +928,14 @@ axes[0].axhline(0.5, color="black", lw=0.8)
 axes[0].legend(frameon=False)
 plt.show()
 
+# %% tags=["nbval-ignore-output"]
+print("             KL: highest  at the end   kl_coef: least  most  at the end")
+for name, history in histories.items():
+    names = "objective/kl_per_sequence", "objective/kl_coef"
+    kls, coefs = ([row[key] for row in history] for key in names)
+    print(f"{name:12s} {max(kls):11.2f} {sum(kls[-10:]) / 10:11.2f} {min(coefs):16.2f}", end="")
+    print(f" {max(coefs):5.2f} {coefs[-1]:11.2f}")
+
 # %%
 last = {name: history[-10:] for name, history in histories.items()}
 reached = {n: sum(h["objective/kl_per_sequence"] for h in rows) / 10 for n, rows in last.items()}
@@ -927,15 +943,16 @@ peak = {n: max(row["objective/kl_coef"] for row in history) for n, history in hi
 assert reached["fixed"] > 1.5 and peak["fixed"] == 0.4
 assert 0.15 < reached["target 0.5"] < 1.0 and reached["target 0.02"] < 0.15
 assert peak["target 0.02"] > 2 * peak["target 0.5"] > 6 * peak["fixed"]
-print("fixed: stays far away; target 0.5: brought near it; target 0.02: back at the reference")
+print("fixed: stays far away; target 0.5: between 0.15 and 1; target 0.02: back at the reference")
 
 # %% [markdown]
 # Look at the run with the target of half a nat, the black line. Training begins at the reference,
 # so at first the KL is below the target, and the controller halves $\beta$ just while the policy
 # sets off. When the KL crosses the line, $\beta$ comes from too low, and each rollout of 192
 # answers moves it by at most $0.2 \cdot 192 / 400$, about 10%: the KL goes to a multiple of the
-# target. Then $\beta$ overshoots as well: it still grows while the KL is on its way down. In the
-# third run $\beta$ grows until nothing is left of what was learned.
+# target. Then $\beta$ overshoots as well: it still grows while the KL is on its way down. After
+# sixty steps the KL is about half the target and $\beta$ is still on its way back. In the third run
+# $\beta$ grows until nothing is left of what was learned.
 #
 # ## Claims
 #

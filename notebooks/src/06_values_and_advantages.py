@@ -206,31 +206,31 @@ from minippo.value_model import prompt_explained_variance, train_value_model
 
 pad_id = tokenizer.pad_token_id
 data = [Encoded(i, *pair) for i, pair in enumerate(zip(repeated, ([a] for a in answers)))]
-by_prompt, targets = data[::K], values.tolist()
+by_prompt, means, many = data[::K], values.repeat_interleave(K).tolist(), TRAIN * K
 warm = ValueModel.from_reward_model(reward_model)
-before = prompt_explained_variance(warm, by_prompt[TRAIN:], targets[TRAIN:], pad_id)
-config = ValueConfig(batch_size=16, lr=1e-3, epochs=3)
-_ = train_value_model(warm, by_prompt[:TRAIN], targets[:TRAIN], config, pad_id)
-after = prompt_explained_variance(warm, by_prompt[TRAIN:], targets[TRAIN:], pad_id)
+held_out = by_prompt[TRAIN:], values[TRAIN:].tolist()
+before = prompt_explained_variance(warm, *held_out, pad_id)
+config = ValueConfig(batch_size=32, lr=1e-3, epochs=2)
+_ = train_value_model(warm, data[:many], means[:many], config, pad_id)
+after = prompt_explained_variance(warm, *held_out, pad_id)
 print(f"explained variance of V(x), held-out prompts: fresh {before:.2f}, warmed up {after:.2f}")
 assert after > before and after > 0
 
 # %% [markdown]
-# Little, but better than nothing, from 96 prompts in seconds. It is also all that this target can
-# teach: it is the value *at the prompt*. The warm-up asks for that same number at every token of
-# the answer. But halfway through a rude answer one could know better.
+# Little, but better than nothing, from 96 prompts in seconds. The target is the value *at the
+# prompt*: the warm-up asks for that same number at every token of the answer. But halfway through a
+# rude answer one could know better.
 #
 # ## A value at every token
 #
 # What is still to come after token $t$ of *this* answer is its own score, not the mean over other
-# answers. Training on that, for every token, is what PPO does to its critic all along. We do it
-# here with the same function and another target: each answer's own score.
+# answers. Training on that, for every token, is nearly what PPO does to its critic all along (whose
+# returns also count the KL penalties and, for $\lambda < 1$, the critic's own later values). We do
+# it here with the same function, the same answers and another target: each answer's own score.
 
 # %%
 critic = ValueModel.from_reward_model(reward_model)
 own_scores = scores.flatten().tolist()
-config = ValueConfig(batch_size=32, lr=1e-3, epochs=2)
-many = TRAIN * K
 _ = train_value_model(critic, data[:many], own_scores[:many], config, pad_id)
 print(f"trained on {many} answers, {len(data) - many} are held out")
 
@@ -526,7 +526,7 @@ assert torch.allclose(whole, full[:, 0]) and table["R - V"][1] > table["GAE, lam
 #
 # <details><summary>Answer</summary>
 #
-# No. The noise of one gradient differs by a tenth only, and three seeds differ by more.
+# No. The noise of one gradient differs by little, and three seeds differ by more.
 #
 # </details>
 
@@ -573,9 +573,9 @@ print(f"they differ by less than a tenth of it: {alike}")
 assert close and alike
 
 # %% [markdown]
-# In this world it makes no difference: with three tokens there is hardly any credit to divide.
-# $R - V$ is a sound method (REINFORCE with a baseline), not a mistake. What GAE adds grows with the
-# length of the answers and the quality of the critic.
+# In this world it makes no difference: with three tokens there is hardly any credit to divide. $R -
+# V$ is a sound method (REINFORCE with a baseline), not a mistake. With longer answers and a good
+# critic GAE should add more; that is not shown here.
 #
 # ## See it: $\lambda$ on one real answer
 #
@@ -773,12 +773,14 @@ assert cosines["right"] > 0.9999 and cosines["values shifted"] < 0 < cosines["si
 # - The shift is fatal: each token gets the credit that belongs to the next one, and here the
 #   gradient points away from where it should.
 # - The sign is not, and so lives long. Whatever is taken off before a token is chosen leaves the
-#   gradient nearly unbiased, be it $V$ or $-V$. But the noise has doubled: the critic does harm.
+#   gradient unbiased for $\lambda = 1$, be it $V$ or $-V$; at 0.95 the bias is a quarter of the
+#   gradient, nearly all of it in its length. But the noise has doubled: the critic does harm.
 # - Without the mask the bias is small, because answers here are cut soon. It is a bias all the
 #   same, and grows with the padding and with what the critic says there.
 #
-# With the wrong sign and without the mask the gradient still points uphill, with a cosine above
-# 0.99. Training works, and no curve shows that it could have gone better.
+# With the wrong sign, or without the mask, the gradient still points uphill, with a cosine above
+# 0.99: on average such a training climbs, and nothing stops it. How much worse it goes is not shown
+# here.
 #
 # ## Claims
 #

@@ -200,7 +200,7 @@ print("log-probabilities", *(tuple(x.shape) for x in look_at(ref_policy, three))
 # Lines 2 to 6. It returns what `minippo.rollout.collect_rollout` returns, a `Rollout`, which is a
 # frozen dataclass. Its fields, in this order: `tokens, attention_mask, response,
 # mask, logprobs, ref_logprobs, values, kl, entropy, raw_scores, scores, rewards, advantages,
-# returns`. The lines given compute the first four and the entropy.
+# returns`. The lines given compute the first five and the entropy.
 #
 # - Values: `value_model(tokens, attention_mask, length)` gives `(B, R)`; `length` is `R`.
 # - `raw_scores = score_fn(tokens, attention_mask, query_length)`, one per answer. The **score** is
@@ -323,7 +323,8 @@ def ppo_loss(policy, ref_policy, value_model, batch, config):
 
 # %% [markdown]
 # The check: loss, stats and gradients, on a rollout of the policy after PPO, for the policy before
-# it and a critic that has moved. So the ratios are far from 1, and both clips act.
+# it and a critic that has moved. So the ratios are far from 1, and both clips act. (In the numbers
+# below the check the critic has not moved: nothing of it is clipped there.)
 
 # %%
 from minippo.checks import check_ppo_loss
@@ -501,7 +502,8 @@ for n in shown:
 #
 # The real settings are in `PPOConfig`; these are for the impatient: smaller rollouts, fewer of
 # them, a larger learning rate. It takes a minute or two. Scores are standardised on answers of the
-# SFT model: 0 is its average, 1 is one standard deviation better.
+# SFT model: 0 is its average, 1 is one standard deviation better. (A rollout holds prompts of
+# similar length, so a single step lies off it.)
 #
 # > **Predict.** Of the eleven panels below, four: the score, the KL to the reference, the length of
 # > the answers, and `clip_frac` of the policy. Which way will each go?
@@ -509,7 +511,7 @@ for n in shown:
 # <details><summary>Answer</summary>
 #
 # The score rises, fast at first. The KL starts at 0, because policy and reference are the same
-# model, and grows. The answers get longer: "That is hard to say." is short, and scores badly.
+# model, and grows. The answers get longer: short ones that say nothing score badly.
 # `clip_frac` is largest at first and falls with the learning rate.
 #
 # </details>
@@ -587,8 +589,9 @@ assert norms_differ and few_clipped
 #
 # Our own curves are not as smooth as the table. Each point is one rollout of 64 answers, so the
 # critic's gradient jumps; clipping cuts it to 1. And `approx_kl` may peak where hardly anything is
-# clipped: a few tokens whose probability changed many times over are enough, since $k_3$ grows with
-# the ratio. A single peak that falls back is noise; a level that stays high is not.
+# clipped. A few tokens whose probability changed many times over can do that, since $k_3$ grows
+# with the ratio, and `clip_frac` does not count a ratio far outside on the side where the clip does
+# not act (notebook 07). A single peak that falls back is noise; a level that stays high is not.
 #
 # ## After
 #
@@ -702,6 +705,7 @@ def without_eos(*arguments, **options):
 def one_late(*arguments, **options):
     rollout = collect_rollout(*arguments, **options)
     late = rollout.advantages.roll(1, dims=1).masked_fill(~rollout.mask, 0)
+    late[:, 0] = 0
     return replace(rollout, advantages=late)
 
 
@@ -752,7 +756,7 @@ assert 3 * exact["right"][2] < min(exact[name][2] for name in ways if name != "r
 #
 # | as printed | as meant |
 # |---|---|
-# | advantage = reward − value of the prompt | a special case; here it is GAE, token by token |
+# | advantage = reward − value of the prompt | one number for an answer; here it is GAE (06) |
 # | a KL loss, and the KL in the reward too | one place is enough; see 05, 07 |
 # | iterate until convergence | until a judge that is not optimised sees no gain any more |
 #
@@ -782,7 +786,7 @@ assert gap < 1e-4 and gold_ppo > gold_sft + 1 and left < 0.01
 # 1. The first are data: they made the advantages and returns, and the value clip is around them.
 #    The second carry the gradient.
 # 2. Every ratio is 1, so nothing is ever clipped. All passes over the rollout push on, as without a
-#    clip (notebook 07).
+#    clip (notebook 07), and nothing corrects for samples of an older policy any more.
 # 3. The reference is not frozen, or it is the policy itself. The score has nothing to hold it.
 # 4. The noise of sampling would keep moving the policy around $\pi^*$, at a distance that depends
 #    on the rate. Falling to 0, the steps average it out.
@@ -791,7 +795,7 @@ assert gap < 1e-4 and gold_ppo > gold_sft + 1 and left < 0.01
 #
 # </details>
 #
-# **Next:** notebook 12 takes this loop to a real GPT-2, real rows and several processes.
+# **Next:** notebook 12, the way to a real GPT-2, real rows and several processes.
 
 # %%
 from minippo.checks import scored

@@ -13,8 +13,9 @@
 # %% [markdown]
 # # 12 · Scaling up: real models, real rows, faults, several processes
 #
-# **Promise.** You take what ran on a laptop to a real GPT-2, real HH-RLHF rows, a GPU and several
-# processes, and you know beforehand what fits, what it costs and what survives a power cut.
+# **Promise.** You see the commands that take the pipeline to a real GPT-2, real HH-RLHF rows, a GPU
+# and several processes; you know beforehand what fits and what it costs; and you test on the CPU,
+# with SFT, that a killed run and a run of two processes end at the weights of an undisturbed one.
 # **Needs.** The tour of notebook 00; a terminal. **Time.** 30 minutes to read, half a minute to
 # run. Nothing here needs a GPU or a network: what does is shown as a command and said to be such.
 #
@@ -110,8 +111,8 @@ print(refusal.split(";")[0])
 assert "nothing" not in refusal
 
 # %% [markdown]
-# `config.json` can lie as well. This one claims a model of a trillion numbers; its file of weights
-# does not hold them, so nothing is allocated.
+# `config.json` can lie as well. This one claims a model of $10^{16}$ numbers. It is compared
+# with the header of the weights' file first, and refused before such a model is made.
 
 # %%
 liar = folder / "liar"
@@ -123,6 +124,7 @@ settings = json.loads((folder / "gpt2" / "config.json").read_text())
 # %%
 began = time.perf_counter()
 refusal = said_by(load_policy, liar)
+print(refusal.split(";")[0])
 print("refused in less than 5 seconds:", time.perf_counter() - began < 5)
 assert "nothing" not in refusal
 
@@ -149,14 +151,17 @@ print(rows[0]["instruction"], "|", rows[0]["chosen"], "|", rows[0]["rejected"])
 print({kind: count for kind, count in report.refused.items() if count})
 
 # %% [markdown]
-# With the real files the commands are these (`make hh HH_FILE=rows.jsonl.gz` runs them with limits
-# that keep most of the long rows):
+# With the real files the commands are these. Real rows are long; the two limits keep most of them.
 #
 # ```
-# minippo sft    --name hh --base gpt2 --data rows.jsonl.gz
-# minippo reward --name hh --data rows.jsonl.gz
-# minippo ppo    --name hh --data rows.jsonl.gz
+# LIMITS="--max-prompt-tokens 384 --max-response-tokens 128"
+# minippo sft    --name hh --base gpt2 --data rows.jsonl.gz $LIMITS
+# minippo reward --name hh --data rows.jsonl.gz $LIMITS
+# minippo ppo    --name hh --data rows.jsonl.gz $LIMITS
 # ```
+#
+# `make hh HH_FILE=rows.jsonl.gz` does the same without GPT-2, from a tiny base that it pretrains on
+# the rows.
 
 # %% [markdown]
 # ## Where the memory goes
@@ -266,8 +271,9 @@ assert real <= grouped < packed.tokens.numel() < places
 
 
 # %% [markdown]
-# And the time? One backward pass either way, three times each, the faster one counts. (The seconds
-# are this machine's; the claim below them is not.)
+# And the time? One forward and backward pass either way, three times each, the fastest counts. (The
+# padded way already leaves out the prompt's logits. The seconds are this machine's; the claim below
+# them is not.)
 
 # %%
 def seconds(logits):
@@ -293,13 +299,13 @@ print("packed is faster:", times["packed"] < times["padded"])
 # %% [markdown]
 # `make bench` puts a whole PPO step of minippo beside one of TRL's and beside the *floor*: the
 # matrix products that PPO needs, at the best rate of the machine. docs/performance.md has its
-# tables. Read the ratio (it carries over to other machines) and the share of the floor (how much is
-# left to gain); seconds alone say little.
+# tables. Read the ratio (it depends on the workload, but carries over to other machines better than
+# seconds do) and the share of the floor (how much is left to gain); seconds alone say little.
 #
 # ## bfloat16
 #
 # On CUDA the matrix products run in bfloat16, weights and formulas stay in float32. bfloat16 has 8
-# bits of mantissa, so a log-probability is right to two or three digits. That can be looked at
+# bits of mantissa, two or three digits. What is left of them in a log-probability can be looked at
 # here, since autocast exists on the CPU too.
 
 # %%
@@ -310,14 +316,18 @@ with torch.no_grad():
     exact = gather_logprobs(counted_logits(policy, packed), packed.targets)
     with precision("bf16"):
         rough = gather_logprobs(counted_logits(policy, packed), packed.targets)
+error = (exact - rough).abs()
 print("the formula still gets:", rough.dtype)
-print("log-probabilities differ by less than 0.2:", bool((exact - rough).abs().max() < 0.2))
-print("but they do differ:", bool((exact - rough).abs().max() > 1e-3))
+print(f"the mean log-probability is {exact.mean():.1f}; bfloat16 moves one by less than", end=" ")
+print(f"0.01 on average: {bool(error.mean() < 0.01)}, by less than 0.2 at worst:", end=" ")
+print(bool(error.max() < 0.2))
+assert 1e-4 < error.mean() < 0.01 and 0.01 < error.max() < 0.2
 
 # %% [markdown]
-# A ratio is a difference of two such numbers. It is 1 at the first step all the same, because the
-# rollout's log-probabilities come from the same forward pass as the update's, in the same
-# precision. On a GPU (nobody has run this on one yet; `make cuda` is the test for it):
+# A ratio is the exponential of the difference of two such numbers. At the first update of a rollout
+# it is 1 all the same, up to rounding: the rollout's log-probabilities come from the same function
+# as the update's, in the same precision (docs/cuda.md has the numbers). On a GPU (nobody has run
+# this on one yet; `make cuda` is the test for it):
 #
 # ```
 # minippo ppo --name hh --data rows.jsonl.gz --device cuda            # bfloat16 by default
@@ -444,8 +454,8 @@ print("all claims hold")
 # the 90. Means are over the tokens of all processes: weight by their share, then add.</details>
 #
 # 5. Your step takes 2 seconds, the floor says 1. What would a twice as fast kernel for AdamW bring?
-# <details><summary>Answer</summary>Nothing of the second that is the floor, and of the other second
-# only the part that AdamW takes. Profile before you optimise.</details>
+# <details><summary>Answer</summary>Nothing of the second that is the floor, and of the
+# other second half of the part that AdamW takes. Profile before you optimise.</details>
 #
-# **Bridge.** This was the last stop of the pipeline: what you have built runs on real models and
-# survives. docs/performance.md, docs/cuda.md, docs/scaling.md and docs/checkpoints.md go further.
+# **Bridge.** This was the last stop of the pipeline. docs/performance.md, docs/cuda.md,
+# docs/scaling.md and docs/checkpoints.md go further.
