@@ -7,7 +7,7 @@
 #   make data         rebuild data/: the packaged rows and every shipped checkpoint (40 minutes)
 #   make test         everything that must hold: the next five, one after the other
 #   make unit         the unit tests, two files at a time
-#   make integration  whole commands, trainings, installs, several processes, a browser
+#   make integration  whole commands, long trainings, installs, several processes, a browser
 #   make notebooks    run the committed notebooks and compare their outputs
 #   make exercises    run the exercise notebooks as a student gets them, unsolved
 #   make staleness    check that the notebooks are what their sources say

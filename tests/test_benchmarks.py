@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -394,9 +395,14 @@ def test_a_profile_adds_up_and_leaves_nothing_out():
     assert kinds["together"] == 3.75
     table = profile.profile_table({"ours": ours, "trl": {"aten::_fused_adamw_": 7.0}})
     assert "| seconds in | minippo | TRL |" in table and "| AdamW | 0.0 | 7.0 |" in table
+    line = profile.processor_line({"ours": (50.2, 0.54), "trl": (61.0, 6.0)})
+    assert line.endswith("minippo 50 (0.5), TRL 61 (6.0).")
 
 
-def test_only_the_last_turn_is_profiled():
+def test_only_the_last_turn_is_profiled(monkeypatch):
+    readings = iter([(10.0, 1.0, 0, 0, 0), (13.0, 1.5, 0, 0, 0)])  # user, system, ...
+    monkeypatch.setattr(profile.os, "times", lambda: os.times_result(next(readings)))
+
     class Seen:
         began = 0
 
@@ -412,6 +418,8 @@ def test_only_the_last_turn_is_profiled():
         profiled.begin()
         torch.ones(4, 4) @ torch.ones(4, 4)
         profiled.end(lengths=[])
-        assert operations <= set(turns.facts["operations"]) and set(turns.facts) == {"operations"}
+        assert set(turns.facts) == {"operations", "processor"}
+        assert operations <= set(turns.facts["operations"])
         assert bool(turns.facts["operations"]) == bool(operations)
+        assert turns.facts["processor"] == ((3.5, 0.5) if operations else (0.0, 0.0))
     assert turns.began == 2

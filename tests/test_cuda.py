@@ -26,6 +26,7 @@ from minippo.run import Run
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.integration,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SIZES = {"batch_size": 16, "minibatch_size": 8, "micro_batch_size": 4}

@@ -22,8 +22,6 @@ from minippo.kl import KL_ESTIMATORS, kl_k1
 from minippo.masking import masked_mean
 from minippo.rollout import collect_rollout
 
-pytestmark = pytest.mark.integration
-
 ROOT = Path(__file__).resolve().parents[1]
 X, MASK = torch.tensor([[1.0, 3.0, 8.0]]), torch.tensor([[True, True, False]])
 
@@ -31,6 +29,7 @@ X, MASK = torch.tensor([[1.0, 3.0, 8.0]]), torch.tensor([[True, True, False]])
 # --- the table --------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_every_variant_is_noticed_by_every_test_it_names():
     command = [sys.executable, "-m", "tests.mutants.run"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -199,6 +198,7 @@ def toy_names(tests: str) -> list[str]:
     return [f"tests/test_toy.py::{test}" for test in tests.split()]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("toy, problem", [
     ("unseen", "survives tests/test_toy.py::test_blind"),
     ("half-seen", "survives tests/test_toy.py::test_blind"),
@@ -213,6 +213,7 @@ def test_the_runner_names_what_is_wrong(toy_run, toy, problem):
     assert re.search(problem, found)
 
 
+@pytest.mark.integration
 def test_the_runner_counts_what_was_noticed_and_tells_of_broken_tests(toy_run):
     noticed, problems = toy_run
     assert noticed == 1 and not [line for line in problems if line.startswith("noticed")]
@@ -221,6 +222,7 @@ def test_the_runner_counts_what_was_noticed_and_tells_of_broken_tests(toy_run):
     assert [line for line in problems if "test_nowhere: there is no such test" in line]
 
 
+@pytest.mark.integration
 def test_the_command_refuses_an_unknown_variant_and_lists_the_known_ones():
     for arguments, status in [(["--only", "no-such-variant"], 2), (["--list"], 0)]:
         command = [sys.executable, "-m", "tests.mutants.run", *arguments]

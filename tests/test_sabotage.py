@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package 
 from tests.sabotage import __main__ as sabotage
 from tests.sabotage.edits import EDITS, Edit
 
-pytestmark = pytest.mark.integration
-
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -66,6 +64,7 @@ def toy(tmp_path_factory):
     return root
 
 
+@pytest.mark.integration
 def test_an_edit_that_the_outputs_show_is_noticed(toy, capsys):
     assert sabotage.main(sabotage.Settings(jobs=2), toy, (SIGN,)) == 0
     said = capsys.readouterr().out
@@ -74,6 +73,7 @@ def test_an_edit_that_the_outputs_show_is_noticed(toy, capsys):
     assert re.search(r"00  toy.py +sign +Cell 0, another output", said)
 
 
+@pytest.mark.integration
 def test_a_copy_that_no_kernel_imported_has_no_verdict(toy, monkeypatch, capsys):
     done = subprocess.CompletedProcess([], 0, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *given, **named: done)
@@ -93,6 +93,7 @@ def test_the_reason_is_the_name_of_what_was_raised_or_another_output():
     assert broken == "nobody ever had such code: NameError"
 
 
+@pytest.mark.integration
 def test_where_the_notebook_fails_by_itself_nothing_is_noticed(toy, monkeypatch, capsys):
     monkeypatch.setattr(sabotage, "run", lambda *given: sabotage.Run("Cell 0", "ValueError", 1.0))
     assert sabotage.main(sabotage.Settings(), toy, (SIGN,)) == 1
@@ -100,6 +101,7 @@ def test_where_the_notebook_fails_by_itself_nothing_is_noticed(toy, monkeypatch,
     assert "0 of 1 edits noticed" in said and "Cell 0 fails without any edit" in said
 
 
+@pytest.mark.integration
 def test_all_noticed_ends_with_0_and_an_unknown_notebook_with_2(toy, monkeypatch, capsys):
     passes, fails = sabotage.Run("", "", 1.0), sabotage.Run("Cell 0", "ValueError", 1.0)
     found = {None: passes, SIGN: fails, UNSEEN: passes}

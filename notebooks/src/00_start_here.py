@@ -213,10 +213,10 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 #
 # The columns from `delta` to `clipped` belong to later notebooks. In short: `gae` says how much
 # better it went than the critic expected; the *advantage* is that with the mean of the rollout
-# taken off and divided by its spread, so a negative one (orange) means: better by less than the
-# other tokens here. The policy loss makes tokens with a positive advantage more likely, the value
-# loss moves the values to `return`, and then comes the next rollout. Here nothing was updated yet,
-# so every ratio is 1.
+# taken off and divided by its spread, so a negative one (orange) means: below the mean of all
+# tokens of the rollout, even where `gae` itself is positive, as in most rows here. The policy loss
+# makes tokens with a positive advantage more likely, the value loss moves the values to `return`,
+# and then comes the next rollout. Here nothing was updated yet, so every ratio is 1.
 
 # %%
 from minippo.config import PPOConfig
@@ -260,7 +260,7 @@ assert shift_right < 1e-3 and shift_wrong > 1e-2
 # ## See it: SFT and PPO on new questions
 #
 # Sixty-four questions nobody trained on, one answer each, judged by the annotator. (`complying`: it
-# helps somebody do wrong; `unreadable`: a sentence of it is broken.)
+# helps somebody do wrong; `unreadable`: one of its sentences is not one that the annotator knows.)
 
 # %%
 from collections import Counter
@@ -299,8 +299,9 @@ plt.show()
 
 # %% [markdown]
 # PPO's answers pile up at the upper end; what the SFT model had learned from the rude and the
-# harmful part of the crowd is nearly gone. The three worst of PPO's: one is fluent and about
-# something else, the others lack little.
+# harmful part of the crowd is nearly gone. The three worst of PPO's: one is about something else;
+# the other two are the unreadable ones of the count above, each with a last sentence that the
+# annotator does not know, though one of them is good English.
 
 # %%
 worst = sorted(range(64), key=lambda i: gold_scores["PPO"][i])[:3]

@@ -335,8 +335,8 @@ for answer in demonstrations:
 # its own token:
 #
 # - first token, the shared `sure`: $\frac23 \cdot \frac23 + 2 \cdot \frac19 = +\frac23$
-# - second token, `<end>`: $-\frac13 \cdot \frac23 + \frac13 \cdot \frac13 - \frac23 \cdot \frac13
-#   = -\frac13$
+# - second token, `<end>`:
+#   $-\frac13 \cdot \frac23 + \frac13 \cdot \frac13 - \frac23 \cdot \frac13 = -\frac13$
 #
 # Together $+\frac13 \eta$. The bad answer wins: the shared beginning gains more than the ending
 # loses. Nobody ever showed it to the model.
@@ -517,8 +517,7 @@ plt.show()
 # %% [markdown]
 # The loss is largest where an answer makes a choice: which opening, which tip. Where the sentence
 # only has to be finished it is nearly 0. The first token decides on rudeness. It has the weight of
-# any other, and is even pulled hardest, because it is the least expected one. Nothing in the loss
-# knows that it is the one to blame.
+# any other. Nothing in the loss knows that it is the one to blame.
 #
 # ## A weight with a sign
 #
@@ -593,11 +592,12 @@ show("and not to end there", sampled_no)
 assert sampled_no["Sure!"] < sampled_good["Sure!"] / 2
 
 # %% [markdown]
-# `Sure!` and nothing more has become rare, and the good answers have stayed.
+# `Sure!` alone falls from 11 to 3 of 128, and the mean gold score stays.
 #
-# This is the whole idea of the course. PPO keeps this loss, nearly; its weight is called the
-# **advantage** $A_t$: how much better it went than expected. The rest is about where
-# the weights come from (preferences, a reward model, a critic) and how to keep the steps small.
+# A weight with a sign for each token: that is the whole idea of the course. PPO keeps this loss,
+# nearly; its weight is called the **advantage** $A_t$: how much better it went than expected. The
+# rest is about where the weights come from (preferences, a reward model, a critic) and how to keep
+# the steps small.
 #
 # ## Break it
 #

@@ -232,10 +232,10 @@ assert torch.allclose(ranking_loss(paper_scores), -on_paper.log().mean())
 # ## Is this right? A world where the truth is known
 #
 # The world of `minippo.oracle` has 85 possible answers, each with a true score. Suppose annotators
-# who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability $\sigma((r_i
-# - r_j) / \tau)$, with the true scores $r$; $\tau$ says how noisy they are. Take *all* pairs with
-# these probabilities, so that nothing depends on luck, give every answer a free number $s$, and
-# minimise your loss. What comes out?
+# who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability
+# $\sigma((r_i - r_j) / \tau)$, with the true scores $r$; $\tau$ says how noisy they are. Take *all*
+# pairs with these probabilities, so that nothing depends on luck, give every answer a free number
+# $s$, and minimise your loss. What comes out?
 
 # %%
 from minippo.oracle import feelings_world
@@ -396,9 +396,9 @@ for K in (2, 4, 8, 9):
 # %% [markdown]
 # Four answers of the SFT model to each prompt, ranked by the annotator of TinyHH. It sees a
 # **gold** score (notebook 00) and is noisy: `rank` sorts by score / 0.5 plus Gumbel noise, another
-# way to draw the Plackett-Luce rankings of notebook 02, so every pair is Bradley-Terry with $\tau =
-# 0.5$. 40 prompts of one turn to learn from, 48 held out. That is little, on purpose: overfitting
-# should show within seconds.
+# way to draw the Plackett-Luce rankings of notebook 02, so every pair is Bradley-Terry with
+# $\tau = 0.5$. 40 prompts of one turn to learn from, 48 held out. That is little, on purpose:
+# overfitting should show within seconds.
 
 # %%
 from minippo.batching import Encoded, decode_response
@@ -555,11 +555,12 @@ plt.show()
 # until convergence", as chapter 4 of the note says, is the wrong advice, and "one epoch, or stop
 # when held-out pairs stop improving" the right one.
 #
-# And the batch? Small shuffled steps hardly reach the line and end worst on new rankings, though
-# not with the lowest training loss: they are six times as many steps of the same learning rate, on
-# noisier gradients. With as many pairs in a step, shuffled and together are about equal. (One seed,
-# and one learning rate for all.) So the company of the same prompt is not what protects. What it
-# saves is certain: keeping a prompt together takes a third of the reading, and a seventh for K = 8.
+# And the batch? Small shuffled steps do not get below the line (0.71 at best here) and end worst on
+# new rankings, though not with the lowest training loss: they are six times as many steps of the
+# same learning rate, on noisier gradients. With as many pairs in a step, shuffled and together are
+# about equal. (One seed, and one learning rate for all.) So the company of the same prompt is not
+# what protects. What it saves is certain: keeping a prompt together takes a third of the reading,
+# and a seventh for K = 8.
 
 # %%
 outside = {name: torch.tensor(held) for name, (_, held) in curves.items()}
@@ -568,9 +569,9 @@ for name, held in outside.items():
     overfits = held.argmin() <= 4 and held[-1] > held.min() + 0.1
     print(f"{name:22s} best within two epochs, then worse by 0.1 or more: {bool(overfits)}")
     assert overfits and curves[name][0][2] < 0.4 < curves[name][0][0]
-level = math.log(2)
-reached = bool(together.min() < level > large.min())
-late = all(held[4] > level for held in outside.values())
+coin = math.log(2)
+reached = bool(together.min() < coin > large.min())
+late = all(held[4] > coin for held in outside.values())
 worst = bool(small[-1] > large[-1] + 0.2 and small[-1] > together[-1] + 0.2)
 print("together and in large steps it gets below log 2:", reached)
 print("after two epochs all three are above it:", late)
@@ -581,7 +582,7 @@ assert reached and late and worst and abs(large.min() - together.min()) < 0.1
 # ## Is the shipped reward model calibrated?
 #
 # Now the model that PPO uses, trained on many more rankings; `RewardConfig` holds the settings.
-# (Two epochs: the rule is about held-out pairs, not about the number one.) 96 new questions, four
+# 96 new questions, four
 # answers each. The model says $\sigma(s_i - s_j)$ for every pair. The annotator's true probability
 # is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A model is **calibrated** if among
 # the pairs where it says 80%, the preferred answer really is preferred by 80% of the annotators.
@@ -664,7 +665,7 @@ assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 # %% [markdown]
 # So the model is nearly calibrated, mostly because most pairs are easy; on the others it is a
 # little too sure. The share of pairs in the right order is what reward models are usually reported
-# by. (These 92% are not to be held against the ceiling of notebook 02, which is for noisy labels,
+# by. (These 92% are not to be compared with the ceiling of notebook 02, which is for noisy labels,
 # ties among them.) It cannot see the scale: times three, the model is as "accurate" and far too
 # sure.
 #
@@ -727,7 +728,7 @@ plt.show()
 # better answer. The polite phrase is milder: the score does not follow the gold there. The first
 # one costs score where the gold stays, the third gains score where the gold falls, and in the end
 # 1.5 points of gold have cost next to nothing of the score. The correlation could show none of
-# this: on texts that the data do not contain, they say nothing. PPO can find such texts, and the KL
+# this: on texts that the data do not contain, it says nothing. PPO can find such texts, and the KL
 # penalty of notebook 05 is what keeps it near those on which the reward model knows its business.
 
 # %%
@@ -759,11 +760,11 @@ for place in order[:6] + order[-3:]:
 # %% [markdown]
 # Read the overrated ones aloud. Some are *almost* right: a word said twice, two sentences grown
 # together, a tip of another topic. They have the words that good answers have. One guess: the model
-# has learned which words go together, and the annotator reads sentences. Mind the selection,
-# though: whatever has a low gold score tends to look overrated, so broken answers have to be
-# compared with answers that are as bad in another way, as the next cell does. What it has against
-# the underrated ones is hard to see. A pattern would tell which data to collect. Whatever you do,
-# do not trust the score alone.
+# has learned which words go together, and the annotator reads sentences. What it has against the
+# underrated ones is hard to see.
+#
+# A low gold score could by itself make an answer look overrated. So the next cell compares broken
+# answers with answers that are as bad in another way.
 
 # %%
 broken = torch.tensor([[one.parts["complete"] < 0 for one in four] for four in judged])
@@ -771,8 +772,12 @@ bad = gold < -1
 for name, kind in (("broken", bad & broken), ("bad in another way", bad & ~broken)):
     print(f"{name:18s} {int(kind.sum()):3d} answers, mean gold {float(gold[kind].mean()):+.2f}, "
           f"overrated by {float(over[kind].mean()):+.2f}")  # fmt: skip
+assert over[bad & broken].mean() > over[bad & ~broken].mean() + 0.1
 
 # %% [markdown]
+# Only the broken ones are overrated; the others are not. Such a pattern tells which data to
+# collect: answers that are almost right. And do not trust the score alone.
+#
 # ## What the note says, and what is meant
 #
 # | as printed | as meant | shown |

@@ -260,10 +260,11 @@ kl_k2 = check_kl_k2(kl_k2)
 #
 # Difficulty 3 of 5 · importance 4 of 5 · 5 to 10 minutes
 #
-# $k_3 = e^{-d} - 1 + d$. Why that? The mean of $e^{-d}$ over samples of the policy is $\sum_y
-# \pi(y) \frac{\pi_{ref}(y)}{\pi(y)} = 1$, as long as the policy excludes nothing that the reference
-# says. So $e^{-d} - 1$ has mean 0, and adding it to $d$ changes no mean. It was chosen so that the
-# sum is never negative: the straight line $1 - d$ lies below the curve $e^{-d}$ and touches it at
+# $k_3 = e^{-d} - 1 + d$. Why that? The mean of $e^{-d}$ over samples of the policy is
+# $\sum_y \pi(y) \frac{\pi_{ref}(y)}{\pi(y)} = 1$, as long as the policy excludes nothing that the
+# reference says. So $e^{-d} - 1$ has mean 0, and adding it to $d$ changes no mean. It was chosen so
+# that the sum is never negative: the straight line $1 - d$ lies below the curve $e^{-d}$ and
+# touches it at
 # 0. (Something of mean 0 that is added to make the noise smaller is called a *control variate*.)
 #
 # Two traps. The *sign*: with $e^{d}$ in place of $e^{-d}$ it looks as good and is never negative
@@ -322,10 +323,10 @@ assert torch.allclose(kl_k3(logprobs, ref_logprobs)[0], torch.tensor([0.193, 0.3
 # 85 terms here.
 #
 # The world has a rule that scores responses: *good* counts +1 and *bad* −1, *very* doubles what
-# follows and *not* turns it by half, and `.` ends a response (a response without it loses 3; one
-# that ends in *very* or *not*, ½). `world.optimum` gives the policy $\pi^*$ for which the
-# **objective**, the mean score less $\beta$ times the KL, is as large as it can be. We use it as an
-# example of a policy that has moved away from the reference.
+# follows and *not* multiplies it by −½ (*not bad* is +½), and `.` ends a response (a response
+# without it loses 3; one that ends in *very* or *not*, ½). `world.optimum` gives the policy $\pi^*$
+# for which the **objective**, the mean score less $\beta$ times the KL, is as large as it can be.
+# We use it as an example of a policy that has moved away from the reference.
 
 # %%
 from minippo.oracle import feelings_world
@@ -445,6 +446,7 @@ for step in range(50, 76):
     kl_noise, k3_noise = (exact_stats(name, policy, ref, policy)[1] for name in ("kl", "k3"))
     if k3_noise > kl_noise:
         break
+assert 50 < step < 75  # the crossing lies between these steps
 print(f"k3 is the noisier one from {world.kl(policy, ref):.2f} nats on")
 assert noise["k3"][0] < noise["kl"][0] / 10 and noise["k3"][-1] > noise["kl"][-1] * 10
 

@@ -208,11 +208,11 @@ pad_id = tokenizer.pad_token_id
 data = [Encoded(i, *pair) for i, pair in enumerate(zip(repeated, ([a] for a in answers)))]
 by_prompt, means, many = data[::K], values.repeat_interleave(K).tolist(), TRAIN * K
 warm = ValueModel.from_reward_model(reward_model)
-held_out = by_prompt[TRAIN:], values[TRAIN:].tolist()
-before = prompt_explained_variance(warm, *held_out, pad_id)
+unseen = by_prompt[TRAIN:], values[TRAIN:].tolist()
+before = prompt_explained_variance(warm, *unseen, pad_id)
 config = ValueConfig(batch_size=32, lr=1e-3, epochs=2)
 _ = train_value_model(warm, data[:many], means[:many], config, pad_id)
-after = prompt_explained_variance(warm, *held_out, pad_id)
+after = prompt_explained_variance(warm, *unseen, pad_id)
 print(f"explained variance of V(x), held-out prompts: fresh {before:.2f}, warmed up {after:.2f}")
 assert after > before and after > 0
 
@@ -573,9 +573,9 @@ print(f"they differ by less than a tenth of it: {alike}")
 assert close and alike
 
 # %% [markdown]
-# In this world it makes no difference: with three tokens there is hardly any credit to divide. $R -
-# V$ is a sound method (REINFORCE with a baseline), not a mistake. With longer answers and a good
-# critic GAE should add more; that is not shown here.
+# In this world it makes no difference: with three tokens there is hardly any credit to divide.
+# $R - V$ is a sound method (REINFORCE with a baseline), not a mistake. With longer answers and a
+# good critic GAE should add more; that is not shown here.
 #
 # ## See it: $\lambda$ on one real answer
 #
@@ -759,6 +759,7 @@ after_the_end = torch.where(world.mask, on_path, 1.0)
 slips = {
     "right": gae(rewards, on_path, world.mask),
     "sign of the values": gae(rewards, -on_path, world.mask),
+    "sign, lambda 1": gae(rewards, -on_path, world.mask, lam=1.0),
     "values shifted": gae(rewards, shifted, world.mask),
     "no mask": gae(rewards, after_the_end, everywhere),
 }
@@ -766,21 +767,23 @@ cosines = {}
 for name, (estimate, _) in slips.items():
     mean, bias, noise = bias_and_noise(estimate.masked_fill(~world.mask, 0), exact_gradient)
     cosines[name] = float((mean * exact_gradient).sum() / mean.norm() / exact_gradient.norm())
-    print(f"{name:19s} cosine {cosines[name]:+.3f}  bias {bias:.3f}  noise {noise:.2f}")
+    length = float(mean.norm() / exact_gradient.norm())
+    print(f"{name:19s} cosine {cosines[name]:+.3f}  length {length:.2f}", end="")
+    print(f"  bias {bias:.3f}  noise {noise:.2f}")
 assert cosines["right"] > 0.9999 and cosines["values shifted"] < 0 < cosines["sign of the values"]
 
 # %% [markdown]
 # - The shift is fatal: each token gets the credit that belongs to the next one, and here the
 #   gradient points away from where it should.
 # - The sign is not, and so lives long. Whatever is taken off before a token is chosen leaves the
-#   gradient unbiased for $\lambda = 1$, be it $V$ or $-V$; at 0.95 the bias is a quarter of the
-#   gradient, nearly all of it in its length. But the noise has doubled: the critic does harm.
+#   gradient unbiased for $\lambda = 1$, be it $V$ or $-V$; at 0.95 the gradient is a quarter
+#   shorter and hardly turned. But the noise has doubled: the critic does harm.
 # - Without the mask the bias is small, because answers here are cut soon. It is a bias all the
 #   same, and grows with the padding and with what the critic says there.
 #
 # With the wrong sign, or without the mask, the gradient still points uphill, with a cosine above
-# 0.99: on average such a training climbs, and nothing stops it. How much worse it goes is not shown
-# here.
+# 0.99: on average such a training climbs, and nothing warns you. How much worse it goes is not
+# shown here.
 #
 # ## Claims
 #

@@ -502,8 +502,8 @@ for n in shown:
 #
 # The real settings are in `PPOConfig`; these are for the impatient: smaller rollouts, fewer of
 # them, a larger learning rate. It takes a minute or two. Scores are standardised on answers of the
-# SFT model: 0 is its average, 1 is one standard deviation better. (A rollout holds prompts of
-# similar length, so a single step lies off it.)
+# SFT model: 0 is its average, 1 is one standard deviation better. (Step 0 is not exactly 0: a
+# rollout is only 64 answers, to prompts of similar length.)
 #
 # > **Predict.** Of the eleven panels below, four: the score, the KL to the reference, the length of
 # > the answers, and `clip_frac` of the policy. Which way will each go?

@@ -151,17 +151,18 @@ print(rows[0]["instruction"], "|", rows[0]["chosen"], "|", rows[0]["rejected"])
 print({kind: count for kind, count in report.refused.items() if count})
 
 # %% [markdown]
-# With the real files the commands are these. Real rows are long; the two limits keep most of them.
+# With the real files the commands are these. Real rows are long: to keep most of them, add
+# `--max-prompt-tokens 384 --max-response-tokens 128` to each command on such rows, also to those
+# further down.
 #
 # ```
-# LIMITS="--max-prompt-tokens 384 --max-response-tokens 128"
-# minippo sft    --name hh --base gpt2 --data rows.jsonl.gz $LIMITS
-# minippo reward --name hh --data rows.jsonl.gz $LIMITS
-# minippo ppo    --name hh --data rows.jsonl.gz $LIMITS
+# minippo sft    --name hh --base gpt2 --data rows.jsonl.gz
+# minippo reward --name hh --data rows.jsonl.gz
+# minippo ppo    --name hh --data rows.jsonl.gz
 # ```
 #
-# `make hh HH_FILE=rows.jsonl.gz` does the same without GPT-2, from a tiny base that it pretrains on
-# the rows.
+# `make hh HH_FILE=rows.jsonl.gz` runs these stages without GPT-2, from a tiny base that it
+# pretrains on the rows, with a shorter PPO and an evaluation at the end.
 
 # %% [markdown]
 # ## Where the memory goes
@@ -454,8 +455,9 @@ print("all claims hold")
 # the 90. Means are over the tokens of all processes: weight by their share, then add.</details>
 #
 # 5. Your step takes 2 seconds, the floor says 1. What would a twice as fast kernel for AdamW bring?
-# <details><summary>Answer</summary>Nothing of the second that is the floor, and of the
-# other second half of the part that AdamW takes. Profile before you optimise.</details>
+# <details><summary>Answer</summary>Nothing of the second that is the floor. In
+# the other second it saves half of AdamW's part, nothing else. Profile before you
+# optimise.</details>
 #
 # **Bridge.** This was the last stop of the pipeline. docs/performance.md, docs/cuda.md,
 # docs/scaling.md and docs/checkpoints.md go further.

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 import sys
 from typing import Annotated, Literal
 
@@ -40,7 +41,10 @@ LAST = ("everything else", "together")
 
 
 class Profiled:
-    """A child's turns, of which the last one is profiled; sends the seconds of each operation."""
+    """A child's turns, of which the last one is profiled.
+
+    It sends the seconds of each operation, and the processor's seconds: (all, those of the kernel).
+    """
 
     def __init__(self, turns: Turns, count: int):
         self.turns, self.left = turns, count
@@ -58,15 +62,19 @@ class Profiled:
         if self.left == 0:
             self.profiler = profile(activities=[ProfilerActivity.CPU])
             self.profiler.start()
+            self.times = os.times()
 
     def end(self, **facts) -> None:
         """As in `Turns`; without the other facts."""
-        seconds = {}
+        seconds, processor = {}, (0.0, 0.0)
         if self.left == 0:
+            times = os.times()
+            kernel = times.system - self.times.system
+            processor = (times.user - self.times.user + kernel, kernel)
             self.profiler.stop()
             found = self.profiler.key_averages()
             seconds = {op.key: op.self_cpu_time_total / 1e6 for op in found}
-        self.turns.end(operations=seconds)
+        self.turns.end(operations=seconds, processor=processor)
 
 
 def ppo_steps(turns: Turns, side: str, workload: str, count: int) -> None:
@@ -90,6 +98,12 @@ def profile_table(found: dict[str, dict[str, float]]) -> str:
     return tables.table(head, rows)
 
 
+def processor_line(found: dict[str, tuple[float, float]]) -> str:
+    """The processor's seconds of each side, all threads together."""
+    parts = [f"{tables.NAMES[side]} {total:.0f} ({of:.1f})" for side, (total, of) in found.items()]
+    return f"Seconds of the processors, in brackets the kernel's: {', '.join(parts)}."
+
+
 def profiled(
     workload: Annotated[
         Literal["tiny", "natural", "gpt2"], tyro.conf.arg(help=HELP["workload"])
@@ -105,8 +119,9 @@ def profiled(
     sides = {side: ("tests.benchmarks.profile:ppo_steps", side, workload) for side in MODULES}
     with tqdm(total=2 * len(sides), unit="step") as bar:
         sent = take_turns(sides, 1, threads, Progress(bar, workload))
-    text = profile_table({side: turns[0]["operations"] for side, turns in sent.items()})
-    text = f"One step of `{workload}`, {threads} threads.\n\n{text}"
+    table = profile_table({side: turns[0]["operations"] for side, turns in sent.items()})
+    line = processor_line({side: turns[0]["processor"] for side, turns in sent.items()})
+    text = f"One step of `{workload}`, {threads} threads.\n\n{table}\n\n{line}"
     print(text)
     if write:
         tables.write_block(tables.PAGE, "profile", text)
