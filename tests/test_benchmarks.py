@@ -42,6 +42,8 @@ from tests.benchmarks.workloads import (
     shipped_world,
 )
 
+pytestmark = pytest.mark.integration
+
 HAS_TRL = installed("trl") == TRL_VERSION
 needs_trl = pytest.mark.skipif(
     not HAS_TRL, reason=f"needs trl=={TRL_VERSION}: pip install 'minippo[bench]'"

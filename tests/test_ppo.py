@@ -428,6 +428,7 @@ def fresh_trio(seed):
     return policy, frozen_copy(policy), value_model
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_toy_policy_learns_to_write_the_wanted_token(toy, seed):
@@ -452,6 +453,7 @@ def test_the_critics_loss_falls_when_only_the_critic_learns():
     assert history[-1]["value/explained_variance"] > 0.8 > history[0]["value/explained_variance"]
 
 
+@pytest.mark.integration
 def test_a_strong_kl_penalty_keeps_the_policy_near_its_reference():
     prompts = [[i % 38 + 2, i % 7 + 2] for i in range(64)]
     final = {}

@@ -22,6 +22,8 @@ from minippo.plots import (
 from minippo.report import heading, write_report, written
 from minippo.xray import COLUMNS, TokenTable
 
+pytestmark = pytest.mark.integration
+
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x.png>'
 SECTIONS = [
     "This run",

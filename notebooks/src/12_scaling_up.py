@@ -119,7 +119,8 @@ liar = folder / "liar"
 liar.mkdir()
 settings = json.loads((folder / "gpt2" / "config.json").read_text())
 (liar / "config.json").write_text(json.dumps(settings | {"n_embd": 10**6, "n_layer": 10**3}))
-(liar / "model.safetensors").write_bytes((folder / "gpt2" / "model.safetensors").read_bytes())
+_ = (liar / "model.safetensors").write_bytes((folder / "gpt2" / "model.safetensors").read_bytes())
+print(f"claimed: {12 * 10**3 * (10**6) ** 2:.1e} numbers in the layers' matrices")
 
 # %%
 began = time.perf_counter()
@@ -143,7 +144,8 @@ good = {"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes, please.",
 same = good | {"rejected": good["chosen"]}
 other = good | {"rejected": "\n\nHuman: Soup?\n\nAssistant: No."}
 lines = [json.dumps(row) for row in (good, same, other)] + ['{"chosen": "\\n\\nHuman: cut']
-(folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+_ = (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+print(len(lines), "lines, one of them good")
 
 # %%
 rows, report = load_preferences(folder / "rows.jsonl", on_error="skip")
@@ -319,9 +321,9 @@ with torch.no_grad():
         rough = gather_logprobs(counted_logits(policy, packed), packed.targets)
 error = (exact - rough).abs()
 print("the formula still gets:", rough.dtype)
-print(f"the mean log-probability is {exact.mean():.1f}; bfloat16 moves one by less than", end=" ")
-print(f"0.01 on average: {bool(error.mean() < 0.01)}, by less than 0.2 at worst:", end=" ")
-print(bool(error.max() < 0.2))
+print(f"the mean log-probability is {exact.mean():.1f}")
+print("bfloat16 moves one by less than 0.01 on average:", bool(error.mean() < 0.01))
+print("and by less than 0.2 at worst:", bool(error.max() < 0.2))
 assert 1e-4 < error.mean() < 0.01 and 0.01 < error.max() < 0.2
 
 # %% [markdown]
