@@ -574,10 +574,10 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets
-# the insult be: it becomes only a third less likely. Weight −1 says
-# no, which no demonstration can, and the rude answers are nearly gone. (Six good demonstrations
-# crowded them out, too, further up. But those had to be written; these six are all rude.)
+# Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets the insult
+# be: it becomes only a third less likely. Weight −1 says no, which no demonstration can, and the
+# rude answers are nearly gone. (Six good demonstrations crowded them out, too, further up. But
+# those had to be written; these six are all rude.)
 #
 # And the first failure? `Sure!` begins well and ends too early. With a sign that can be said: once
 # more the six good answers and `Sure!` beside them, its words with weight 0 and its EOS with −1.

@@ -581,11 +581,11 @@ assert reached and late and worst and abs(large.min() - together.min()) < 0.1
 # %% [markdown]
 # ## Is the shipped reward model calibrated?
 #
-# Now the model that PPO uses, trained on many more rankings; `RewardConfig` holds the settings.
-# 96 new questions, four
-# answers each. The model says $\sigma(s_i - s_j)$ for every pair. The annotator's true probability
-# is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A model is **calibrated** if among
-# the pairs where it says 80%, the preferred answer really is preferred by 80% of the annotators.
+# Now the model that PPO uses, trained on many more rankings; `RewardConfig` holds the settings. 96
+# new questions, four answers each. The model says $\sigma(s_i - s_j)$ for every pair. The
+# annotator's true probability is known: $\sigma((g_i - g_j) / 0.5)$ with the gold scores $g$. A
+# model is **calibrated** if among the pairs where it says 80%, the preferred answer really is
+# preferred by 80% of the annotators.
 
 # %%
 from minippo.config import RewardConfig

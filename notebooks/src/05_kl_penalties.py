@@ -263,9 +263,9 @@ kl_k2 = check_kl_k2(kl_k2)
 # $k_3 = e^{-d} - 1 + d$. Why that? The mean of $e^{-d}$ over samples of the policy is
 # $\sum_y \pi(y) \frac{\pi_{ref}(y)}{\pi(y)} = 1$, as long as the policy excludes nothing that the
 # reference says. So $e^{-d} - 1$ has mean 0, and adding it to $d$ changes no mean. It was chosen so
-# that the sum is never negative: the straight line $1 - d$ lies below the curve $e^{-d}$ and
-# touches it at
-# 0. (Something of mean 0 that is added to make the noise smaller is called a *control variate*.)
+# that the sum is never negative: the straight line $1 - d$ lies below the curve $e^{-d}$, and
+# touches it at $d = 0$. (Something of mean 0 that is added to make the noise smaller is called a
+# *control variate*.)
 #
 # Two traps. The *sign*: with $e^{d}$ in place of $e^{-d}$ it looks as good and is never negative
 # either, but estimates something else. Several published implementations have it that way round.
