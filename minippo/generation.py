@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minippo.batching import left_pad, pieces
-from minippo.devices import to_device
+from minippo.devices import at_least_float32, to_device
 from minippo.distributed import anywhere, gather_dict, in_lockstep, own_rows, world
 from minippo.models import forward_pass
 
@@ -28,7 +28,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
     uniforms: (B,) in [0, 1)
     returns: tokens (B,), the first whose cumulative probability exceeds the uniform number
     """
-    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    cumulative = torch.softmax(at_least_float32(logits) / temperature, dim=-1).cumsum(-1)
     threshold = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]  # the sum may miss 1
     below = cumulative[:, -1:].nextafter(cumulative.new_zeros(()))
     threshold = torch.minimum(threshold, below)  # u may round to 1

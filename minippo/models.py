@@ -128,7 +128,9 @@ def _check_tokenizer_files(folder: Path) -> None:
 
 
 def load_policy(path_or_name):
-    """A causal language model in float32, dropout off, from a shipped name, a folder or the hub.
+    """A causal language model, dropout off, from a shipped name, a folder or the hub.
+
+    Its weights take torch's default dtype: float32, in the lessons float64.
 
     Raises ValueError if there is none, if its weights are not what its config says, or if it takes
     no position ids: left padding would shift its answers.
@@ -164,12 +166,13 @@ def _reading(path_or_name):
 
 
 def _loaded(kind, path_or_name, **options):
-    """A model with exactly the weights that were saved, all of them finite, in float32."""
+    """A model with exactly the weights that were saved, all of them finite, in the default dtype."""
     options |= SAFE
     with _reading(path_or_name) as path:
         if Path(path).is_dir():
             _check_weights(kind, Path(path), options)
-        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        options |= {"dtype": torch.get_default_dtype(), "use_safetensors": True}
+        options["output_loading_info"] = True
         model, found = kind.from_pretrained(path, **options)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found[problem]:

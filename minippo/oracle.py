@@ -249,7 +249,8 @@ class TabularPolicy(nn.Module):
 
     def __init__(self, world: World, logits: Tensor):
         super().__init__()
-        self.world, self.logits = world, nn.Parameter(logits.detach().float())
+        self.world = world
+        self.logits = nn.Parameter(logits.detach().to(torch.get_default_dtype()))
         self.head = nn.Identity()  # where other models have their vocabulary projection
 
     def get_output_embeddings(self):

@@ -123,6 +123,7 @@ def collect_rollout(
     _, _, values, kl, _ = views
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
     raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])
+    raw_scores = raw_scores.to(values)  # a rule may have counted, or worked on the CPU
     raw_scores = gather_rows(raw_scores, own, len(mask))
     scores, eos_id = standardize_scores(raw_scores, *score_stats), tokenizer.eos_token_id
     penalty = config.missing_eos_penalty
@@ -181,7 +182,7 @@ def _checked_scores(score_fn, samples: Samples) -> Tensor:
     if got != (count,):
         message = f"score_fn must return one score per answer, a tensor of shape ({count},)"
         raise ValueError(f"{message}; got {got}")
-    return scores.to(tokens.device, torch.float32)  # a rule may have worked on the CPU
+    return scores
 
 
 def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ def rollout_metrics(rollout: Rollout, eos_id: int) -> dict[str, Tensor]:
         "objective/kl_per_sequence": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
         "objective/entropy": masked_mean(rollout.entropy, mask),
-        "objective/response_tokens": lengths.float().mean(),
-        "objective/eos_rate": ended.float().mean(),
+        "objective/response_tokens": lengths.to(kl).mean(),
+        "objective/eos_rate": ended.to(kl).mean(),
         "value/explained_variance": 1 - error / spread.clamp(min=1e-8),
     }

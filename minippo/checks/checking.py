@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +42,17 @@ PLAIN = KINDS[:2]
 DRAWS = 3
 GRADE_VARIABLE = "MINIPPO_GRADE"  # a file that the verdicts go to: set by `minippo grade`
 RESULTS: dict[str, str] = {}  # name of a function -> its last status in this process
+
+
+@contextmanager
+def in_float32():
+    """Inside, new tensors are float32: a lesson's default is float64, whose rounding hides much."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class CheckFailed(AssertionError):
@@ -84,7 +96,7 @@ class Verdict:
 class Exercise:
     """The check of one function; call it with yours: `gae = check_gae(gae)`.
 
-    What is right, is for a subclass to say, by `judge(fn) -> Verdict`.
+    What is right, is for a subclass to say, by `examine(fn) -> Verdict`.
 
     Hands back your function if it is right, and saves its source to my_minippo.py. Hands back
     minippo's own if yours is not written yet; with fallback=False that is an error too.
@@ -115,6 +127,11 @@ class Exercise:
     def reference(self) -> Callable:
         """minippo's own function."""
         return getattr(importlib.import_module(f"minippo.{self.module}"), self.name)
+
+    def judge(self, fn: Callable) -> Verdict:
+        """What is to be said about a function; nothing is printed, saved or raised."""
+        with in_float32():
+            return self.prejudge(fn) or self.examine(fn)
 
     def prejudge(self, fn: Callable) -> Verdict | None:
         """The verdict on what is nobody's own work: a wrong one, an unwritten one, or None yet."""
@@ -147,6 +164,7 @@ class Check(Exercise):
         return f"<check of {self.name}: {len(self.mistakes)} known mistakes>"
 
     @functools.cached_property
+    @in_float32()
     def trials(self) -> tuple[Trial, ...]:
         """All trials, those first that are reported first."""
         cases = sorted((self._worked(case) for case in self.cases), key=_size)
@@ -162,10 +180,8 @@ class Check(Exercise):
         gradient += [self._against_own("gradient", args, grad) for args in draws if grad]
         return (*plain, *spoilt, *gradient, *(_doubled(trial) for trial in worked[-1:]))
 
-    def judge(self, fn: Callable) -> Verdict:
-        """What is to be said about a function; nothing is printed, saved or raised."""
-        if verdict := self.prejudge(fn):
-            return verdict
+    def examine(self, fn: Callable) -> Verdict:
+        """The verdict of the trials."""
         if is_stub(fn, self._observe(fn, self.trials[0])):
             return Verdict("unwritten", f"{self.name} is not written yet.")
         if fault := saying.wrong_signature(fn, self.reference):

@@ -47,10 +47,8 @@ class LoopCheck(Exercise):
 
     compare: Callable[[Callable], None]  # yours with minippo's; raises Differs
 
-    def judge(self, fn: Callable) -> Verdict:
-        """What is to be said about a function; nothing is printed, saved or raised."""
-        if verdict := self.prejudge(fn):
-            return verdict
+    def examine(self, fn: Callable) -> Verdict:
+        """The verdict of the comparison."""
         try:
             self.compare(fn)
         except Differs as difference:

@@ -25,25 +25,21 @@
 # The course follows a Chinese note on RLHF with PPO, from here on *the note*, and implements all
 # that is in it. You do not need it. Where it is loose, as many texts on the subject are, a lesson
 # says what is meant.
+#
+# Every lesson begins with the call below. It makes torch compute in double precision on one thread,
+# so that the lesson prints on your machine what it prints here: in single precision the last digits
+# differ from processor to processor, and at a near tie such a digit decides which token is sampled.
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import torch
 
 from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
 
 # %% [markdown]
 # ## Four models

@@ -28,14 +28,10 @@
 # training batch?
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import gzip
@@ -46,9 +42,6 @@ from itertools import combinations, islice
 import torch
 
 from minippo.config import DATA_DIR
-
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
 
 # %% [markdown]
 # ## The formula

@@ -30,14 +30,10 @@
 # and train a model that has learned something else.
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import copy
@@ -45,15 +41,6 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
-
-from minippo.models import load_policy, load_tokenizer
-from minippo.plots import COLOURS, STYLES
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25})
-plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES)
 
 # %% [markdown]
 # ## Text becomes tokens
@@ -63,9 +50,10 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES
 # which ends in `Assistant:`. The **response** is what it writes. It ends in **EOS**, the
 # end-of-sequence token, printed as `<|endoftext|>`. Mind the blanks: ` red` and `red` are different
 # tokens.
-
 # %%
 from minippo.batching import encode_prompt, encode_response
+from minippo.models import load_policy, load_tokenizer
+from minippo.plots import COLOURS
 
 tokenizer = load_tokenizer("sft")
 policy = load_policy("sft")
@@ -345,7 +333,7 @@ slow = []
 for t in range(R):
     with torch.no_grad():
         last = policy(torch.tensor([query + response[:t]])).logits[0, -1]
-    slow.append(float(last.double().softmax(-1)[response[t]].log()))
+    slow.append(float(last.softmax(-1)[response[t]].log()))
 for token, fast, by_hand in zip(response, logprobs.tolist(), slow):
     print(f"{tokenizer.decode([token])!r:16s} {fast:8.3f} {by_hand:8.3f}")
 assert torch.allclose(logprobs, torch.tensor(slow), atol=1e-4)
@@ -577,7 +565,7 @@ from minippo.tinyhh.rows import pretrain_texts
 
 text_lengths = torch.tensor([len(tokenizer.encode(text)) for text in pretrain_texts(1000)])
 print(f"of 1,000 texts half have up to {int(text_lengths.median())} tokens", end=", ")
-print(f"{float((text_lengths > 100).float().mean()):.1%} more than 100, none more than", end=" ")
+print(f"{float((text_lengths > 100).double().mean()):.1%} more than 100, none more than", end=" ")
 print(int(text_lengths.max()))
 print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
 

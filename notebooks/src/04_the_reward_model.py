@@ -27,14 +27,10 @@
 # one answer. **How do comparisons become a number, and what does that number mean?**
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import math
@@ -42,14 +38,6 @@ import random
 
 import matplotlib.pyplot as plt
 import torch
-
-from minippo.plots import COLOURS, STYLES
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25})
-plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES)
 
 # %% [markdown]
 # ## The formula
@@ -614,7 +602,7 @@ differ = torch.tensor([[four[a] != four[b] for a, b in zip(i, j)] for four in te
 score_gap = (scores[:, i] - scores[:, j])[differ]
 gold_gap = (gold[:, i] - gold[:, j])[differ]
 clear = gold_gap != 0
-agreement = float((score_gap.sign() == gold_gap.sign())[clear].float().mean())
+agreement = float((score_gap.sign() == gold_gap.sign())[clear].double().mean())
 print(f"{len(score_gap)} pairs of different answers, {int(clear.sum())} with different gold scores")
 print(f"order of the noiseless annotator met in {agreement:.1%} of these")
 
@@ -658,7 +646,7 @@ print(f"mean distance from the diagonal: {errors[1.0]:.3f}, with scores times 3:
 unsure = [(said - seen, count) for said, seen, count in tables[1.0] if said < 0.9]
 too_sure = sum(gap * count for gap, count in unsure) / sum(count for _, count in unsure)
 print(f"on the {sum(count for _, count in unsure)} pairs below 90% it says {too_sure:.3f} too much")
-same_order = float(((3 * score_gap).sign() == gold_gap.sign())[clear].float().mean())
+same_order = float(((3 * score_gap).sign() == gold_gap.sign())[clear].double().mean())
 print(f"pairs in order: {agreement:.1%}, with scores times 3: {same_order:.1%}")
 assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 
@@ -678,7 +666,7 @@ assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 lengths = torch.tensor([[float(len(ids)) for ids in one.responses] for one in sampled])
 length_gap = (lengths[:, i] - lengths[:, j])[differ]
 level = ~clear & (length_gap != 0) & (score_gap != 0)
-longer_wins = float((score_gap.sign() == length_gap.sign())[level].float().mean())
+longer_wins = float((score_gap.sign() == length_gap.sign())[level].double().mean())
 print(f"correlation of length with score {within_prompts(lengths, scores):.2f}")
 print(f"correlation of length with gold  {within_prompts(lengths, gold):.2f}")
 print(f"gold equal: the longer one scores higher in {longer_wins:.0%} of {int(level.sum())}")

@@ -27,26 +27,14 @@
 # token help?**
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import matplotlib.pyplot as plt
 import torch
-
-from minippo.plots import COLOURS, STYLES
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25})
-plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES)
 
 # %% [markdown]
 # ## The formula
@@ -94,9 +82,9 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES
 #
 # The mean over the answers to a prompt is `prompt_values`, which you wrote in notebook 02. `mine`
 # hands it out again, or minippo's own if you have not written it.
-
 # %%
 from minippo.checks import mine
+from minippo.plots import COLOURS
 
 prompt_values = mine("prompt_values")
 

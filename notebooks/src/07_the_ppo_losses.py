@@ -30,14 +30,10 @@
 # older version of it gave, and what keeps it from going further?**
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import math
@@ -47,12 +43,6 @@ import torch
 from torch import nn
 
 from minippo.plots import COLOURS, STYLES
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25})
-plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS[:4], linestyle=STYLES)
 
 # %% [markdown]
 # ## The formula
@@ -290,9 +280,9 @@ def table_logprobs(model, samples):
 logprobs = table_logprobs(oracle_policy, world)
 with torch.no_grad():
     logprobs_all = world.logprobs_all(oracle_policy)
-    probability = world.response_logprobs(logprobs_all).exp().float()
+    probability = world.response_logprobs(logprobs_all).exp()
     exact_values, _, exact = world.values(logprobs_all, ref, beta)
-    exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0).float()
+    exact_advantages = exact[world.before, world.response].masked_fill(~world.mask, 0)
 print(len(probability), f"answers; their probabilities add up to {probability.sum():.4f}")
 
 # %%
@@ -390,7 +380,7 @@ axis.legend(frameon=False)
 plt.show()
 
 # %%
-outside = [((seen - 1).abs() > 0.2).float().mean().item() for seen in history]
+outside = [((seen - 1).abs() > 0.2).double().mean().item() for seen in history]
 print("share of ratios outside 0.8 to 1.2:", [f"{share:.3f}" for share in outside])
 assert outside[0] == 0 and outside[1] < outside[4] and outside[4] > 0.05
 
@@ -422,7 +412,7 @@ for index in [*order[:4].tolist(), *order[-4:].tolist()]:
 each = (table_logprobs(policy, rollout).detach() - rollout.logprobs).masked_fill(~rollout.mask, 0)
 ratios = {"tokens": each[rollout.mask].exp(), "whole answers": each.sum(1).exp()}
 for name, seen in ratios.items():
-    away = ((seen - 1).abs() > 0.2).float().mean()
+    away = ((seen - 1).abs() > 0.2).double().mean()
     print(f"{name:13s} smallest {seen.min():.4f}  largest {seen.max():8.1f}  outside {away:.0%}")
 
 # %% [markdown]
@@ -454,7 +444,7 @@ settings = dict(kl_coef=beta, lam=1.0, whiten_advantages=False, missing_eos_pena
 oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
 start, critic = TabularPolicy(world, ref), TabularValue(world)
 start_values, _, _ = world.values(ref, ref, beta)
-critic.values.data = start_values.float()
+critic.values.data = start_values
 most = world.objective(world.optimum(ref, beta)[0], ref, beta) - start_values[0]
 print(f"J of the reference {start_values[0]:.3f}, which is its value at the start of an answer")
 print(f"the best policy gains {most:.2f}")
@@ -891,7 +881,7 @@ for name, (loss, stats) in results.items():
     print(f"{name:13s} loss {loss:+.4f}", {k: round(v.item(), 4) for k, v in stats.items()})
 
 # %%
-share = rollout.mask.float().mean().item()
+share = rollout.mask.double().mean().item()
 quotient = (results["with padding"][0] / results["masked"][0]).item()
 print(f"share of positions that count {share:.3f}, quotient of the losses {quotient:.3f}")
 assert abs(share - quotient) < 1e-3

@@ -23,27 +23,23 @@
 # go, and what is left of a run when the machine dies in the middle?
 
 # %%
-import os
-import sys
-import warnings
+# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+from minippo.lesson import set_up
 
-os.environ["TQDM_DISABLE"] = "1"
-warnings.filterwarnings("ignore", message="IProgress not found")
-if "google.colab" in sys.modules:
-    print("Upload a clone of the repository, then run: %pip install -q ./minippo")
+set_up()
 
 # %%
 import json
+import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-torch.manual_seed(0)
-torch.set_num_threads(1)
 folder = Path(tempfile.mkdtemp())  # all that is written here, is written there
 
 # %% [markdown]
@@ -187,8 +183,9 @@ for name, parameters in sizes.items():
     print(f"{name:12s} {parameters * BYTES_A_PARAMETER / 1e9:8.2f} GB")
 
 # %% [markdown]
-# Do not believe a table: count. The next cell makes the four models and one real optimizer step,
-# and adds up the bytes of every tensor that is kept.
+# Do not believe a table: count. The next cells make the four models and one real optimizer step,
+# and add up the numbers in every tensor that is kept. (The lesson computes in float64, like all
+# lessons; the commands in float32, where each of these numbers has 4 bytes.)
 
 # %%
 from minippo.models import RewardModel, ValueModel, frozen_copy
@@ -209,7 +206,7 @@ optimizer.step()
 everything = [p for m in (policy, ref_policy, value_model, reward_model) for p in m.parameters()]
 everything += [p.grad for p in everything if p.grad is not None]
 everything += [x for moments in optimizer.state.values() for x in moments.values() if x.dim()]
-counted = sum(x.numel() * x.element_size() for x in everything)
+counted = 4 * sum(x.numel() for x in everything)  # bytes
 a_parameter = counted / sum(p.numel() for p in policy.parameters())
 print(f"{counted / 1e6:.1f} MB, {a_parameter:.1f} bytes for each parameter of the policy")
 assert 39 < a_parameter < 41
@@ -309,16 +306,19 @@ print("packed is faster:", times["packed"] < times["padded"])
 #
 # On CUDA the matrix products run in bfloat16, weights and formulas stay in float32. bfloat16 has 8
 # bits of mantissa, two or three digits. What is left of them in a log-probability can be looked at
-# here, since autocast exists on the CPU too.
+# here, since autocast exists on the CPU too. It leaves float64 alone, so we take a copy in float32.
 
 # %%
+import copy
+
 from minippo.devices import precision
 from minippo.logprobs import gather_logprobs
 
+single = copy.deepcopy(policy).float()
 with torch.no_grad():
-    exact = gather_logprobs(counted_logits(policy, packed), packed.targets)
+    exact = gather_logprobs(counted_logits(single, packed), packed.targets)
     with precision("bf16"):
-        rough = gather_logprobs(counted_logits(policy, packed), packed.targets)
+        rough = gather_logprobs(counted_logits(single, packed), packed.targets)
 error = (exact - rough).abs()
 print("the formula still gets:", rough.dtype)
 print(f"the mean log-probability is {exact.mean():.1f}")
