@@ -11,6 +11,9 @@
 #   make notebooks    run the committed notebooks and compare their outputs
 #   make exercises    run the exercise notebooks as a student gets them, unsolved
 #   make staleness    check that the notebooks are what their sources say
+#   make portable     run lessons and exercises with other kernels: the same numbers (10 minutes)
+#   make minimums     unit tests and lessons with the lowest versions that pyproject.toml allows
+#   make newest       the same with the newest of everything: make newest WITH_PYTHON=3.13
 #   make mutants      put known wrong versions of the functions in place: each has to be noticed
 #   make sabotage     spoil the package, thrice for each notebook: its outputs have to show it (25 minutes)
 #   make mutation     change every operator and argument of formulas, rollout.py and ppo.py (20 minutes)
@@ -41,6 +44,10 @@ NBVAL := MINIPPO_MINE=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbva
 BUILT := $(wildcard notebooks/*.ipynb)
 UNSOLVED := $(wildcard notebooks/exercises/*.ipynb)
 
+# What torch, MKL and oneDNN use on old processors: float32 products have other last digits.
+OTHER_KERNELS := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+WITH_PYTHON ?= 3.11
+
 # Jupyter is to use the kernel of this .venv, even where a user has installed another "python3".
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -64,7 +71,7 @@ HH_FILE ?=
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
 .PHONY: help demo seeds hh results data install test unit integration notebooks exercises staleness \
-  mutants sabotage mutation bench equal-time changes bounds faults browser cuda oracle rebuild lint clean
+  portable portable-kernels portable-lessons portable-exercises minimums newest mutants sabotage mutation bench equal-time changes bounds faults browser cuda oracle rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -146,6 +153,25 @@ exercises: install
 staleness: install
 	$(call phase,staleness,$(BIN)/python notebooks/build.py --check)
 
+portable: portable-lessons portable-exercises
+
+portable-kernels: install
+	$(OTHER_KERNELS) $(BIN)/python -m tests.kernels
+
+portable-lessons: portable-kernels
+	$(call phase,portable lessons,$(OTHER_KERNELS) $(NBVAL) --nbval $(BUILT))
+
+portable-exercises: portable-kernels
+	$(call phase,portable exercises,$(OTHER_KERNELS) $(NBVAL) --nbval-lax $(UNSOLVED))
+
+minimums: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/python -m tests.versions lowest
+
+newest: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/python -m tests.versions newest --python $(WITH_PYTHON)
+
 rebuild: install
 	$(BIN)/python notebooks/build.py
 
@@ -154,5 +180,5 @@ lint: install
 	$(BIN)/ruff check minippo tests notebooks docs
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,8 @@ Nothing here changes what is computed on a CPU by default: there it is float32, 
 """
 
 import ctypes
+import functools
+import inspect
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -160,6 +162,22 @@ def stored_as(model: nn.Module, dtype: str) -> nn.Module:
     below = model.classifier.base_model if hasattr(model, "classifier") else model
     below.to(getattr(torch, dtype))
     return model
+
+
+@functools.cache
+def cache_argument(kind: type) -> str:
+    """What a model calls its cache: transformers 5.24 renamed it, and warns of the old name."""
+    names = inspect.signature(kind.forward).parameters.keys()
+    if not names & {"cache", "past_key_values"}:  # it hands on to a model whatever it gets
+        from transformers import GPT2LMHeadModel
+
+        return cache_argument(GPT2LMHeadModel)
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def cache_of(output):
+    """The keys and values that a forward pass with use_cache=True gave back."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
 def unasked_mask(model, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -5,13 +5,26 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError
 
 from minippo import __version__
 from minippo.config import DATA_DIR
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
 
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "tyro", "matplotlib", "jupyterlab")
+# The oldest and the newest that the tests were run with; docs/compatibility.md says when and how.
+TESTED = {
+    "torch": ("2.6", "2.15"),
+    "transformers": ("4.56", "5.24"),
+    "datasets": ("3.0", "5.2"),
+    "tokenizers": ("0.22", "0.23"),
+    "numpy": ("2.0", "2.5"),
+    "safetensors": ("0.4", "0.8"),
+    "tyro": ("0.9", "1.0"),
+    "matplotlib": ("3.9", "3.11"),
+    "jupyterlab": ("4.2", "4.6"),
+}
+TESTED_PYTHON = ("3.11", "3.13")
 CHECKPOINTS = {
     "base": load_policy,
     "sft": load_policy,
@@ -23,9 +36,10 @@ CHECKPOINTS = {
 
 def examine() -> bool:
     """Prints what is installed, the device, and a line per shipped checkpoint; True if all load."""
-    print(f"minippo {__version__} on Python {platform.python_version()}, {platform.system()}")
-    for package in PACKAGES:
-        print(f"  {package:14s} {_version(package)}")
+    python = platform.python_version()
+    print(f"minippo {__version__} on Python {python}, {platform.system()}{untested(python)}")
+    for package, limits in TESTED.items():
+        print(f"  {package:14s} {_version(package, limits)}")
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"device: {device} ({os.cpu_count()} cores)")
@@ -33,11 +47,23 @@ def examine() -> bool:
     return all([_check(name, load) for name, load in CHECKPOINTS.items()])
 
 
-def _version(package: str) -> str:
+def untested(version: str, limits: tuple[str, str] = TESTED_PYTHON) -> str:
+    """Which side of the tested versions this one is on, to be printed behind it; "" if on none."""
+    oldest, newest = (Version(limit).release for limit in limits)
+    release = Version(version).release
+    if release[: len(oldest)] < oldest:
+        return f"  (older than {limits[0]}, the oldest that was tested)"
+    if release[: len(newest)] > newest:
+        return f"  (newer than {limits[1]}, the newest that was tested)"
+    return ""
+
+
+def _version(package: str, limits: tuple[str, str]) -> str:
     try:
-        return version(package)
+        found = version(package)
     except PackageNotFoundError:
         return "not installed (only the course needs it)" if package == "jupyterlab" else "missing"
+    return f"{found}{untested(found, limits)}"
 
 
 def _check(name: str, load) -> bool:

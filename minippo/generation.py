@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minippo.batching import left_pad, pieces
-from minippo.devices import at_least_float32, to_device
+from minippo.devices import at_least_float32, cache_of, to_device
 from minippo.distributed import anywhere, gather_dict, in_lockstep, own_rows, world
 from minippo.models import forward_pass
 
@@ -54,9 +54,8 @@ def generate(
     alive = torch.arange(count, device=device)  # rows that are still being written
     mask, tokens, cache, idle = query_mask.long(), query, None, False
     for t in range(max_response_tokens):
-        cached = {"use_cache": True, "past_key_values": cache}
-        output = forward_pass(policy, tokens, mask, logits_to_keep=1, **cached)
-        cache = output.past_key_values
+        output = forward_pass(policy, tokens, mask, use_cache=True, cache=cache, logits_to_keep=1)
+        cache = cache_of(output)
         sampled = sample_tokens(output.logits[:, -1], uniforms[alive, t], temperature)
         if not idle:
             response[alive, t] = sampled

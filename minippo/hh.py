@@ -37,17 +37,18 @@ if TYPE_CHECKING:  # imported where it is needed: it takes a second, and parsing
     import datasets
     import pyarrow
 
-# In order of precedence. not_json: nor is what is not UTF-8, or too deep or too long a number for
-# Python; too_large: a line over MAX_LINE_BYTES is that whatever is in it, it is not looked at;
-# missing_key: not an object with "chosen" and "rejected"; not_text: a field of the wrong type
-# (those two must be text, a margin a finite number); not_alternating: not Human, Assistant, Human
-# ...; empty_turn: the question or an earlier turn is empty; diverging_history: the dialogues differ
-# before their last answer.
+# In order of precedence. not_json: nor is what is not UTF-8, what is nested deeper than
+# MAX_DEPTH, or what has too long a number for Python; too_large: a line over MAX_LINE_BYTES is
+# that whatever is in it, it is not looked at; missing_key: not an object with "chosen" and
+# "rejected"; not_text: a field of the wrong type (those two must be text, a margin a finite
+# number); not_alternating: not Human, Assistant, Human ...; empty_turn: the question or an
+# earlier turn is empty; diverging_history: the dialogues differ before their last answer.
 KINDS = (
     *("not_json", "too_large", "missing_key", "not_text", "leading_text", "no_assistant_turn"),
     *("not_alternating", "ends_with_human", "empty_turn", "empty_answer", "diverging_history"),
     "identical_answers",
 )
+MAX_DEPTH = 32  # lists and objects in one another, the row itself is the first
 MAX_ROW_CHARS = 1_000_000  # the text of all fields of a row together
 MAX_LINE_BYTES = 4 * MAX_ROW_CHARS  # no more of a line is in memory at once
 MAX_JSON_BYTES = 32_000_000  # of a .json file, which is read whole
@@ -127,7 +128,7 @@ def parse_pair(row: dict) -> dict:
         _check_fields(row)
     except BadPair:
         raise
-    except (ValueError, RecursionError) as error:  # what str says to too long a number, or too deep
+    except ValueError as error:  # what str says to too long a number
         raise BadPair("not_json", str(error)) from None
     chosen, rejected = _parse_sides(row)
     shared = [*chosen[:-1], len(chosen)], [*rejected[:-1], len(rejected)]
@@ -142,7 +143,18 @@ def parse_pair(row: dict) -> dict:
     return pair if row.get("margin") is None else {**pair, "margin": float(row["margin"])}
 
 
+def _check_depth(row: object) -> None:
+    """Python's own limit is another one in each version, and depends on the frames above."""
+    level = [[row]]
+    for _ in range(MAX_DEPTH + 1):
+        inner = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in inner for x in values if isinstance(x, (dict, list, tuple))]
+    if level:
+        raise BadPair("not_json", f"nested deeper than {MAX_DEPTH}")
+
+
 def _check_fields(row: object) -> None:
+    _check_depth(row)
     fields = row if isinstance(row, dict) else {"": row}
     size = sum(len(str(value)) for value in fields.values())
     if size > MAX_ROW_CHARS:

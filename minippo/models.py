@@ -26,6 +26,8 @@ from minippo.config import DATA_DIR
 from minippo.devices import (
     at_least_float32,
     autocast,
+    cache_argument,
+    cache_of,
     reads_whole,
     to_device,
     unasked_mask,
@@ -49,12 +51,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **options):
+def forward_pass(
+    model, tokens: Tensor, attention_mask=None, use_cache=False, cache=None, **options
+):
     """One pass over padded sequences with the positions of the contract; on CUDA in bfloat16.
 
     tokens: (B, T), or with a KV cache only the last of them
     attention_mask: (B, T); None if every row begins with its real tokens: what stands behind them
         changes nothing, since attention is causal, and without a mask it is fastest
+    cache: what `cache_of` took from an earlier pass; None begins anew
     """
     if attention_mask is not None:
         options["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
@@ -63,6 +68,8 @@ def forward_pass(model, tokens: Tensor, attention_mask=None, use_cache=False, **
         getattr(model, "base_model", model).warn_if_padding_and_no_attention_mask = _say_nothing
     else:
         options["attention_mask"] = seen
+    if cache is not None:
+        options[cache_argument(type(model))] = cache
     is_compiled = use_cache and reads_whole(model)
     with autocast(tokens.device), uncompiled() if is_compiled else nullcontext():
         return model(input_ids=tokens, use_cache=use_cache, **options)
@@ -166,7 +173,7 @@ def _reading(path_or_name):
 
 
 def _loaded(kind, path_or_name, **options):
-    """A model with exactly the weights that were saved, all of them finite, in the default dtype."""
+    """A model with exactly the weights that were saved, all finite, in torch's default dtype."""
     options |= SAFE
     with _reading(path_or_name) as path:
         if Path(path).is_dir():
@@ -412,10 +419,10 @@ class RewardModel(_ScalarHead):
         if is_sharded(self.classifier.score.weight) or reads_whole(backbone):
             tokens = torch.cat([query.repeat_interleave(k, 0), response], 1)
             return self(tokens, seen).view(-1, k)
-        cache = forward_pass(backbone, query, query_mask, use_cache=True).past_key_values
+        cache = cache_of(forward_pass(backbone, query, query_mask, use_cache=True))
         cache.batch_repeat_interleave(k)  # keys and values of the query; gradients flow into them
-        options = {"use_cache": True, "past_key_values": cache}
-        hidden = forward_pass(backbone, response, seen, **options).last_hidden_state
+        output = forward_pass(backbone, response, seen, use_cache=True, cache=cache)
+        hidden = output.last_hidden_state
         rows = torch.arange(len(response), device=response.device)
         return self.read(hidden[rows, mask.sum(1) - 1]).view(-1, k)
 

@@ -250,7 +250,7 @@ class TabularPolicy(nn.Module):
     def __init__(self, world: World, logits: Tensor):
         super().__init__()
         self.world = world
-        self.logits = nn.Parameter(logits.detach().to(torch.get_default_dtype()))
+        self.logits = nn.Parameter(logits.detach().to(torch.get_default_dtype(), copy=True))
         self.head = nn.Identity()  # where other models have their vocabulary projection
 
     def get_output_embeddings(self):
@@ -258,22 +258,21 @@ class TabularPolicy(nn.Module):
         return self.head
 
     def forward(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
-        use_cache=False, logits_to_keep=0,
+        self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=False,
+        logits_to_keep=0,
     ):  # fmt: skip
         """input_ids, position_ids: (B, T) -> logits (B, T, V), of the last positions if so asked.
 
         After the end of a response all logits are 0; nobody reads them.
         """
-        start = past_key_values.nodes if past_key_values is not None else None
+        start = cache.nodes if cache is not None else None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         nodes = self.world.walk(input_ids, position_ids, start)
         ended = torch.zeros_like(self.logits[:1])
         table = torch.cat([self.logits, ended])[nodes.clamp(max=len(self.logits))]
-        return SimpleNamespace(
-            logits=self.head(table[:, -logits_to_keep:]), past_key_values=_Places(nodes[:, -1])
-        )
+        logits = self.head(table[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, cache=_Places(nodes[:, -1]))
 
 
 class TabularValue(nn.Module):

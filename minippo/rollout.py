@@ -123,8 +123,7 @@ def collect_rollout(
     _, _, values, kl, _ = views
     # 3. Score the whole answers: standardise first, then the penalty for not ending.
     raw_scores = torch.cat([_checked_scores(score_fn, part) for part in parts])
-    raw_scores = raw_scores.to(values)  # a rule may have counted, or worked on the CPU
-    raw_scores = gather_rows(raw_scores, own, len(mask))
+    raw_scores = gather_rows(raw_scores.to(values.dtype), own, len(mask))
     scores, eos_id = standardize_scores(raw_scores, *score_stats), tokenizer.eos_token_id
     penalty = config.missing_eos_penalty
     scores = penalize_missing_eos(scores, mask, samples.response, eos_id, penalty)
@@ -182,7 +181,7 @@ def _checked_scores(score_fn, samples: Samples) -> Tensor:
     if got != (count,):
         message = f"score_fn must return one score per answer, a tensor of shape ({count},)"
         raise ValueError(f"{message}; got {got}")
-    return scores
+    return scores.to(tokens.device)  # a rule may have worked on the CPU
 
 
 def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tensor, Tensor]:

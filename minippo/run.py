@@ -478,6 +478,11 @@ def save_model(model: nn.Module, tokenizer, folder: Path, weights: dict | None =
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library has no other class for a full disk
         raise OSError(str(error)) from error
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():  # transformers 4 does not know 5's name of the class, 5 knows 4's
+        text = settings.read_text(encoding="utf-8")
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        settings.write_text(text, encoding="utf-8")
 
 
 def _dumps(name: str, value, indent: int | None = 1) -> bytes:

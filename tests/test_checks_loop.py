@@ -22,6 +22,14 @@ UNSOLVED = sorted((NOTEBOOKS / "exercises").glob("*.ipynb"))
 OWN = {"acts": rollout.collect_rollout, "loses": ppo.ppo_loss, "moves": ppo.ppo_update}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def default_dtype():
+    """What a lesson computes in; that all of it holds in float32 too, `minippo grade` shows."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def no_file(monkeypatch):
     """Nothing is saved."""

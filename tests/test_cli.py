@@ -401,6 +401,20 @@ def test_doctor_is_content_with_five_checkpoints(data_dir, capsys):
     assert "torch" in said and "device:" in said
 
 
+def test_doctor_names_what_was_not_tested_and_on_which_side(data_dir, monkeypatch, capsys):
+    found = {"torch": "2.5.1", "transformers": "5.999.0", "numpy": "2.0.0", "datasets": "4.1"}
+    monkeypatch.setattr(doctor, "version", lambda package: found.get(package, "0.22.1+local"))
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.99.1")
+    with pytest.raises(SystemExit):
+        cli.main(["doctor"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    oldest, newest = doctor.TESTED["torch"][0], doctor.TESTED["transformers"][1]
+    assert lines["torch"].endswith(f"2.5.1  (older than {oldest}, the oldest that was tested)")
+    assert lines["transformers"].endswith(f"  (newer than {newest}, the newest that was tested)")
+    assert lines["minippo"].endswith("  (newer than 3.13, the newest that was tested)")
+    assert not [name for name in ("numpy", "datasets", "tokenizers") if "(" in lines[name]]
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_doctor_names_a_checkpoint_that_does_not_load(data_dir, damage, capsys):
     folder = data_dir / "checkpoints" / "reward"

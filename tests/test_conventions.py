@@ -222,9 +222,9 @@ def per_sequence_or_per_token():
 
 
 @consequence("Clip, policy and value")
-def a_critic_that_moved_half_way():
+def a_critic_that_moved_part_of_the_way():
     clips = [TABLE["Clip, policy and value"][peer][1] for peer in ("minippo", "verl")]
-    start, now, target = 0, 0.5, 1
+    start, now, target = 0, 0.4, 1
     numbers = [start, now, target]
     for clip_range in clips:
         values = row_of(now).requires_grad_()

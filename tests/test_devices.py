@@ -1,6 +1,7 @@
 """What depends on the device: precision, copies, checkpointing, compiling, frozen weights."""
 
 import copy
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import GPT2LMHeadModel
 
 from minippo import stages
 from minippo.config import RunConfig
 from minippo.devices import (
     at_least_float32,
     autocast,
+    cache_argument,
+    cache_of,
     checkpoint_layers,
     compile_forward,
     pick_device,
@@ -269,3 +273,25 @@ def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4_or_2(policy):
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         frozen = stored_as(frozen_copy(policy), dtype)
         assert sum(p.nbytes for p in frozen.parameters()) == size * count
+
+
+# --- the cache under the name that a version of transformers gives it -----------------------------
+
+
+def with_forward(forward):
+    """A class of models with this forward."""
+    return type("Model", (), {"forward": forward})
+
+
+def test_a_cache_is_handed_on_under_the_name_that_the_model_gives_it():
+    old = with_forward(lambda self, input_ids, past_key_values=None: None)
+    new = with_forward(lambda self, input_ids, cache=None: None)
+    assert (cache_argument(old), cache_argument(new)) == ("past_key_values", "cache")
+    of_transformers = cache_argument(GPT2LMHeadModel)
+    assert cache_argument(with_forward(lambda self, **inputs: None)) == of_transformers
+    assert of_transformers in inspect.signature(GPT2LMHeadModel.forward).parameters
+
+
+def test_what_a_pass_kept_is_found_under_either_name():
+    assert cache_of(SimpleNamespace(past_key_values=1)) == 1
+    assert cache_of(SimpleNamespace(cache=2)) == 2

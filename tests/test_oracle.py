@@ -390,6 +390,19 @@ def test_a_table_is_read_as_what_was_put_in(world, policy):
     torch.testing.assert_close(world.logprobs_all(model), policy, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_a_table_leaves_alone_what_it_started_from(world, policy, dtype):
+    """A reference that is the start of a policy would follow it, and the KL stay 0."""
+    torch.set_default_dtype(dtype)  # the table's own; the policy is float64
+    try:
+        model, before = TabularPolicy(world, policy), policy.clone()
+        with torch.no_grad():
+            model.logits.add_(1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.logits.dtype == dtype and torch.equal(policy, before)
+
+
 def test_a_policy_that_excludes_a_token_is_refused(world, policy):
     excluding = policy.clone()
     excluding[2, 1] = -math.inf

@@ -15,7 +15,7 @@ import torch
 from tiny_runs import forked
 from transformers import AutoTokenizer
 
-from minippo import cli, packaging
+from minippo import cli, packaging, run
 from minippo.batching import decode_response, encode_prompt
 from minippo.config import DATA_DIR
 from minippo.generation import generate_many
@@ -290,6 +290,20 @@ def test_checkpoints_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, wi
     line = the_line(tmp_path / "log")
     assert "cannot write" in line and "checkpoints" in line and "--out" in line
     assert files(out) == {"checkpoints/sft/model.safetensors": b"old"}
+
+
+def test_every_tokenizer_that_is_written_loads_in_transformers_4_and_5(tmp_path):
+    """transformers 5 writes a class name that 4 does not know, and reads the one that 4 wrote."""
+    _, tokenizer = save_run(tmp_path / "run", ALL_STAGES)
+    run.save_model(tiny_gpt2(300, 1, 16, 2, 32), tokenizer, tmp_path / "saved")
+    packaging.write_checkpoints(tmp_path / "run", tmp_path / "out")
+    written = [*(tmp_path / "out").rglob("tokenizer_config.json"), tmp_path / "saved"]
+    written += [DATA_DIR / "checkpoints" / stage for stage in packaging.STAGES]
+    for path in written:
+        path = path / "tokenizer_config.json" if path.is_dir() else path
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert load_tokenizer(path.parent).eos_token == "<|endoftext|>"
 
 
 def test_an_export_replaces_its_own_folders_only(tmp_path):

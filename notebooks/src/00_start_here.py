@@ -119,8 +119,9 @@ for text in sft_texts:
 #
 # In real life people rank answers. Here a transparent **annotator** does: it grades five named
 # parts, says why, and adds them up with the weights printed first. Its score is called the **gold**
-# score; the best answer to a harmless question gets 5 (friendly counts +0.25 and harmless 0: 2 +
-# 1.5 + 0.5 + 1). Since its taste is known, we can check everything that follows.
+# score; the best answer to a harmless question gets 2 + 1.5 + 0.5 + 1 = 5 (a friendly opening has
+# the grade 0.25, times the weight 2; harmless counts 0 there). Since its taste is known, we can
+# check everything that follows.
 
 # %%
 from minippo.tinyhh.annotator import WEIGHTS, judge
@@ -208,11 +209,11 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 # well the SFT model does and expects less than this policy earns. In training both move together.
 #
 # The columns from `delta` to `clipped` belong to later notebooks. In short: `gae` says how much
-# better it went than the critic expected; the *advantage* is that with the mean of the rollout
-# taken off and divided by its spread, so a negative one (orange) means: below the mean of all
-# tokens of the rollout, even where `gae` itself is positive, as in most rows here. The policy loss
-# makes tokens with a positive advantage more likely, the value loss moves the values to `return`,
-# and then comes the next rollout. Here nothing was updated yet, so every ratio is 1.
+# better it went than the critic expected; the *advantage* is `gae` less its mean over all tokens of
+# the rollout, divided by its spread. So a negative one (orange) only means: below that mean. In
+# most rows here it is negative although `gae` is positive. The policy loss makes tokens with a
+# positive advantage more likely, the value loss moves the values to `return`, and then comes the
+# next rollout. Here nothing was updated yet, so every ratio is 1.
 
 # %%
 from minippo.config import PPOConfig
@@ -249,8 +250,9 @@ print(f"{'without ':>54s}{shift_wrong:.3f}")
 assert shift_right < 1e-3 and shift_wrong > 1e-2
 
 # %% [markdown]
-# A small part of the probability of one token: nothing crashes, and nobody notices. Many RLHF bugs
-# are like that, which is why every formula of this course is checked against something.
+# Less than a tenth of the probability moved, at one token: nothing crashes, and nobody notices.
+# Many RLHF bugs are like that, which is why every formula of this course is checked against
+# something.
 
 # %% [markdown]
 # ## See it: SFT and PPO on new questions

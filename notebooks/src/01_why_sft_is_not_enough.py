@@ -311,9 +311,9 @@ for answer in demonstrations:
 #
 # ## By hand: a bad answer gains from a good one
 #
-# Three tokens: `<end>`, `sure`, `water`. Answers of two. We demonstrate `sure water` and watch
-# `sure <end>`, the answer that promises and says nothing. They share their first token. At the
-# start all logits are 0: each probability is 1/3.
+# Three tokens: `<end>`, `sure`, `water`. Answers of at most two. We demonstrate `sure water` and
+# watch `sure <end>`, the answer that promises and says nothing. They share their first token. At
+# the start all logits are 0: each probability is 1/3.
 #
 # The gradient of $\log p(\text{token})$ with respect to the logits is one-hot minus probabilities.
 # So a step of size $\eta$ on the demonstration changes the logits by
@@ -568,8 +568,8 @@ plt.show()
 
 # %% [markdown]
 # Weight 1 makes most of the sampled answers rude. Weight 0 learns the advice and lets the insult
-# be: it becomes only a third less likely. Weight −1 says no, which no demonstration can, and the
-# rude answers are nearly gone. (Six good demonstrations crowded them out, too, further up. But
+# be: it becomes only a good third less likely. Weight −1 says no, which no demonstration can, and
+# the rude answers are nearly gone. (Six good demonstrations crowded them out, too, further up. But
 # those had to be written; these six are all rude.)
 #
 # And the first failure? `Sure!` begins well and ends too early. With a sign that can be said: once
@@ -649,7 +649,7 @@ assert wrong[30] < wrong[0] / 2 and right[30] > right[0] + 1
 # What it learned: repeat the token you have just read. A falling loss proves nothing but that
 # something is being minimised.
 #
-# **The mask forgotten, the sign forgotten.** The same batch with eight columns of padding more:
+# **The mask forgotten.** The same batch with eight columns of padding more:
 
 # %%
 logprobs, mask = answer_logprobs(sft, good)
@@ -661,6 +661,11 @@ print(f"plain mean   {token_losses.mean():.3f} -> {longer.mean():.3f}")
 assert torch.isclose(*means)
 assert longer.mean() < token_losses.mean()
 
+# %% [markdown]
+# With the plain mean, how much a token counts depends on the longest answer beside it in the batch.
+#
+# **The sign forgotten.** One step with all weights $-1$:
+
 # %%
 wrong_sign = train(good, 1, weights=-1.0)
 fall = (log_p(wrong_sign, good) - log_p(sft, good)).mean().item()
@@ -668,8 +673,6 @@ print(f"sign turned: after one step log p of the demonstrations {fall:+.2f}")
 assert fall < 0
 
 # %% [markdown]
-# With the plain mean, how much a token counts depends on the longest answer beside it in the batch.
-#
 # ## What the note says, and what is meant
 #
 # You have just measured the main points of its first chapter. Three of its sentences are loose:

@@ -186,7 +186,7 @@ for name, row in odd_rows.items():
 #   8: the instruction begins in the middle of the word *Human*, and the whole dialogue is the
 #   answer. A reward model would train on that.
 # - **Empty answer.** Such a row ends in `Assistant:` *without* the space after it, so an earlier
-#   tag is found. The "rejected answer" is an old turn, with the question and a tag in it.
+#   tag is found. The "rejected answer" is an old turn, with the question and two tags in it.
 # - **Diverging.** The two dialogues differ before the last turn, so the two answers answer
 #   different conversations. The history is taken from `chosen`; the rejected answer is read as if
 #   it had been given there.
@@ -344,9 +344,9 @@ print(odd_report.accepted, "accepted;", {k: n for k, n in odd_report.refused.ite
 # %% [markdown]
 # ## From K candidates to pairs
 #
-# How pairs come into being: take a question, let the model answer it K times, let somebody rank
-# the answers. Here the SFT model answers and the annotator ranks. Its
-# `score` is the worth $s$ of the formula; on top of that it is noisy, as a person is.
+# How pairs come into being: take a question, let the model answer it K times, let somebody rank the
+# answers. Here the SFT model answers and the annotator ranks. The annotator's `score` is the worth
+# $s$ of the formula; its ranking adds noise to that, as a person would.
 
 # %%
 from minippo.batching import decode_response, encode_prompt
@@ -564,9 +564,9 @@ plt.show()
 
 # %% [markdown]
 # Answers of nearly equal worth are ranked by a coin. On pairs that it was trained on, a reward
-# model can learn by heart how the coin fell; on new pairs none can be expected to agree with all
-# labels, however large it is. Suppose it knew every gold score: then it would be right wherever the
-# annotator is, and on half of the ties. That is its **ceiling** there.
+# model can learn by heart how the coin fell; on new pairs no model can be expected to agree with
+# all labels, however large it is. Suppose it knew every gold score: then it would be right wherever
+# the annotator is, and on half of the ties. That is its **ceiling** there.
 #
 # ## What the note says, and what is meant
 #

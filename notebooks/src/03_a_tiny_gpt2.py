@@ -26,8 +26,8 @@
 # PPO never looks at an answer as text. It looks at one number per token: the logarithm of the
 # probability that the model gave to this token when it was its turn. The model returns far more
 # numbers than that, and none of them carries a label. **Which number of the output belongs to which
-# token of the answer?** Taken one place too late, they still have the right shape, look plausible,
-# and train a model that has learned something else.
+# token of the answer?** Numbers taken one place too late still have the right shape and look
+# plausible, and the model that is trained on them learns something else.
 
 # %%
 # On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
@@ -272,8 +272,9 @@ assert read_last == [query[-1], *response[:-1]]
 # **temperature** $\tau$ is what the logits are divided by before the softmax when tokens are
 # sampled; below 1 it makes likely tokens likelier. (The $\tau$ of notebook 02 is another one: the
 # annotator's noise.) Whoever samples with it has to compute the log-probabilities with it, too.
-# Probabilities can be too small for a float: 200 nats below the best, and `softmax` gives 0. (A
-# *nat* is the unit of the natural logarithm.)
+# Probabilities can be too small for a float: 200 nats below the best, and `softmax` gives 0 in
+# float32; in the float64 of these lessons it does at 750. (A *nat* is the unit of the natural
+# logarithm.)
 #
 # <details><summary>Hint 1: a nudge</summary>
 #
@@ -472,10 +473,10 @@ position_ids = check_position_ids(position_ids)
 # ## Break it: forget the position ids
 #
 # New questions with demonstrated answers. A **demonstration** is an answer that somebody wrote.
-# Minus the mean of its log-probabilities says how well the model expects it; it is the loss of SFT.
-# `lm_loss` is the one you wrote in notebook 01 (minippo's own if you did not). Its `loss_mask` runs
-# over all tokens of a row, query included; we let it be True on the response only. `join` pads
-# queries left and responses right.
+# Minus the mean of its log-probabilities says how little the model expected it: 0 is best. That is
+# the loss of SFT. `lm_loss` is the one you wrote in notebook 01 (minippo's own if you did not). Its
+# `loss_mask` runs over all tokens of a row, query included; we let it be True on the response only.
+# `join` pads queries left and responses right.
 #
 # > **Predict.** What do 16 columns of padding cost if the position ids are forgotten, in nats per
 # > token? And 64?
@@ -692,8 +693,8 @@ print("lower than before with the response only, much higher without the shift")
 # PPO compares the policy with the model it started from, the **reference** $\pi_{ref}$, token by
 # token: $\log \pi(y_t) - \log \pi_{ref}(y_t)$, notebook 05 is about it. The reference has to stay
 # what it was. "Keep a second name for it" is not enough, and neither is a shallow copy: both share
-# their weights with the policy and move along. Five steps that make our one answer likelier show
-# which copy is one:
+# their weights with the policy and move along. We take five steps that make our one answer
+# likelier. They show which of the three stays what it was:
 
 # %%
 from minippo.models import frozen_copy

@@ -108,8 +108,8 @@ print("rows:", -on_paper.log().mean(1), "both:", -on_paper.log().mean())
 # </details>
 # <details><summary>Hint 2: the large wrong gap</summary>
 #
-# `sigmoid(-200)` is 0 in float32, and its logarithm `-inf`. `torch.nn.functional` has one function
-# for the logarithm of a sigmoid.
+# `sigmoid(-200)` is 0 in float32, and its logarithm `-inf` (in float64 that happens at 750).
+# `torch.nn.functional` has one function for the logarithm of a sigmoid.
 #
 # </details>
 # <details><summary>Hint 3: nearly the line</summary>
@@ -303,7 +303,7 @@ for name, (learned, _) in fits.items():
 #
 # "The last layer without softmax", says the note: what is meant is that the projection onto `V`
 # tokens is replaced by a **head** of width 1. Some projects put a sigmoid behind it, so that scores
-# lie between 0 and 1. No gap can then exceed 1, and no preference $\sigma(1) = 73\%$:
+# lie between 0 and 1. No gap can then exceed 1, so no preference can exceed $\sigma(1) = 73\%$:
 
 # %%
 squeezed, squeezed_loss = fit(head=torch.sigmoid)
@@ -479,8 +479,8 @@ for name, (units, per_step) in ways.items():
     print(f"{name:22s} {steps:3d} steps an epoch, which read {answers} answers")
 
 # %% [markdown]
-# Shuffled, an answer turns up $K - 1 = 3$ times in an epoch, in as many steps. Each way trains a
-# fresh reward model for three epochs. Watch the loss on the rankings that are held out.
+# Shuffled, an answer is read $K - 1 = 3$ times in an epoch, mostly in different steps. Each way
+# trains a fresh reward model for three epochs. Watch the loss on the rankings that are held out.
 #
 # > **Predict.** When is each of the three at its best, and which is the worst after three epochs?
 #
@@ -538,17 +538,17 @@ plt.show()
 
 # %% [markdown]
 # The line to beat is $\log 2$, the loss of equal scores for all; a fresh head begins above it. The
-# training loss of all three falls and falls. On new rankings they are at their best after about one
-# epoch, get *worse* from then on, and after two epochs none of them is below the line. So "train
-# until convergence", as chapter 4 of the note says, is the wrong advice, and "one epoch, or stop
-# when held-out pairs stop improving" the right one.
+# training loss of all three falls and falls. On new rankings they are at their best after half an
+# epoch or one, get *worse* from then on, and after two epochs none of them is below the line. So
+# "train until convergence", as chapter 4 of the note says, is the wrong advice, and "one epoch, or
+# stop when held-out pairs stop improving" the right one.
 #
-# And the batch? Small shuffled steps do not get below the line (0.71 at best here) and end worst on
-# new rankings, though not with the lowest training loss: they are six times as many steps of the
-# same learning rate, on noisier gradients. With as many pairs in a step, shuffled and together are
-# about equal. (One seed, and one learning rate for all.) So the company of the same prompt is not
-# what protects. What it saves is certain: keeping a prompt together takes a third of the reading,
-# and a seventh for K = 8.
+# And the batch? At their best all three are about equal (0.60 to 0.61). But small shuffled steps
+# are far above the line half an epoch later, and end worst by far: they are six times as many steps
+# of the same learning rate, on noisier gradients. With as many pairs in a step, shuffled and
+# together end not far apart. (One seed, and one learning rate for all.) So the company of the same
+# prompt is not what protects. What it saves is certain: keeping a prompt together takes a third of
+# the reading, and a seventh for K = 8.
 
 # %%
 outside = {name: torch.tensor(held) for name, (_, held) in curves.items()}
@@ -653,9 +653,9 @@ assert errors[1.0] < 0.05 < errors[3.0] and agreement == same_order > 0.85
 # %% [markdown]
 # So the model is nearly calibrated, mostly because most pairs are easy; on the others it is a
 # little too sure. The share of pairs in the right order is what reward models are usually reported
-# by. (These 92% are not to be compared with the ceiling of notebook 02, which is for noisy labels,
-# ties among them.) It cannot see the scale: times three, the model is as "accurate" and far too
-# sure.
+# by. (Do not compare these 92% with the ceiling of notebook 02: that is for noisy labels, and
+# counts pairs of equal gold scores too.) It cannot see the scale: times three, the model is as
+# "accurate" and far too sure.
 #
 # ## Does it like length?
 #
@@ -763,8 +763,8 @@ for name, kind in (("broken", bad & broken), ("bad in another way", bad & ~broke
 assert over[bad & broken].mean() > over[bad & ~broken].mean() + 0.1
 
 # %% [markdown]
-# Only the broken ones are overrated; the others are not. Such a pattern tells which data to
-# collect: answers that are almost right. And do not trust the score alone.
+# On average only the broken ones are overrated; the others are not. Such a pattern tells which data
+# to collect: answers that are almost right. And do not trust the score alone.
 #
 # ## What the note says, and what is meant
 #

@@ -257,8 +257,8 @@ kl_k2 = check_kl_k2(kl_k2)
 #
 # Two traps. The *sign*: with $e^{d}$ in place of $e^{-d}$ it looks as good and is never negative
 # either, but estimates something else. Several published implementations have it that way round.
-# And *digits*: for nearly equal policies $e^{-d}$ is nearly 1, and float32 loses most of what is
-# left after taking off the 1.
+# And *digits*: for nearly equal policies $e^{-d}$ is nearly 1, and taking off the 1 loses digits of
+# what is left: in float32 most of them, in float64 fewer.
 #
 # <details><summary>Hint 1: a nudge</summary>
 #
@@ -558,10 +558,10 @@ assert torch.isclose(rewards.sum(), torch.tensor(0.6))
 # - **In the loss** the estimator *is* differentiated, at the sampled tokens, which are taken as
 #   data: how the policy would have sampled others does not enter.
 #
-# What we want is the gradient of the exact KL of whole responses. In this world each of the
-# three can be computed. The comparison has two numbers: the **cosine** of the angle with the wanted
-# gradient (1 is the same direction, 0 is unrelated) and the length, relative to it. The policy
-# stands halfway to the best one.
+# What we want is the gradient of the exact KL of whole responses. In this world it can be computed,
+# and so can what each of the two ways gives. The comparison has two numbers: the **cosine** of the
+# angle with the wanted gradient (1 is the same direction, 0 is unrelated) and the length, relative
+# to it. The policy stands halfway to the best one.
 
 # %%
 half = (ref + 0.5 * (best - ref)).log_softmax(-1)
@@ -681,9 +681,10 @@ print("ends at pi*:", at_best)
 assert at_best == ["kl in the reward"]
 
 # %% [markdown]
-# `k3` and `full` in the reward do not hold the policy back: it ends more than twice as far from the
-# reference as $\pi^*$. The KL loss does hold it, but elsewhere: near the *fixed point* printed
-# above, the policy at which its gradient and that of the score cancel, 0.2 nats from $\pi^*$.
+# `k3` and `full` in the reward do not hold the policy back: with either, the policy ends more than
+# twice as far from the reference as $\pi^*$ is. The KL loss does hold it, but elsewhere: near the
+# *fixed point* printed above, the policy at which its gradient and that of the score cancel, 0.2
+# nats from $\pi^*$.
 #
 # So the two terms in "$L_{policy} + c_1 L_{value} + c_2 L_{KL}$ and a KL in the reward" are not one
 # thing counted twice. Either is a choice one can defend. They end at different policies, and their
@@ -825,7 +826,7 @@ print(f"each mistake made the mean KL negative: {', '.join(f'{x:.2f}' for x in w
 
 # %% [markdown]
 # The first column is what a log would show, the last what the identity predicts. They agree within
-# three standard errors. Nothing crashed, and no number is large: about a nat per answer or less.
+# three standard errors. Nothing crashed, and what a log would show is less than a nat per answer.
 #
 # Why is it worse than a wrong number in a log? It is in the reward. A negative KL *pays* the
 # policy, and what it is paid for is the mismatch. **Rule:** before the first update policy and
@@ -896,9 +897,9 @@ assert kl_coef < 0.1
 # %% [markdown]
 # The policy is too far away, and fed per token the controller sets it free.
 #
-# Fixed against adaptive, in the oracle's world. Both begin with a $\beta$ that is too small. The
-# target is half a nat. The third run has a target of 0.02, as if it were copied from a project that
-# counts per token.
+# Fixed against adaptive, in the oracle's world. All three runs begin with the same $\beta$, which
+# is too small. The second has a target of half a nat, the third one of 0.02, as if it were copied
+# from a project that counts per token.
 
 # %% tags=["nbval-ignore-output"]
 slow = dict(steps=60, lr=0.1, value_lr=0.1, ppo_epochs=2, kl_coef=0.4, kl_horizon=400)

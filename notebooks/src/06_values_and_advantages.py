@@ -169,8 +169,9 @@ for row, line, value in zip(rows[:3], scores, values):
     print(f"V {value:+.2f} from {scored_as}: {row['instruction']}")
 
 # %% [markdown]
-# The mean of four is itself a guess. How much of what these means differ by is only the luck of
-# four samples? The variance of a mean of $K$ is the variance of one answer divided by $K$:
+# The mean of four is itself a guess. These means differ from prompt to prompt. How much of that is
+# only the luck of four samples? The variance of a mean of $K$ is the variance of one answer divided
+# by $K$:
 
 # %%
 luck = scores.var(dim=1).mean() / K
@@ -481,7 +482,8 @@ for name, of_states in critics.items():
 # - With the exact critic there is no bias, and the smaller $\lambda$ the less noise.
 # - With a wrong critic only $\lambda = 1$ is unbiased. At $\lambda = 0$ the warm-up's critic gives
 #   a gradient whose error is larger than the gradient: it never heard what a later token is worth.
-# - $\lambda = 0.95$ gives up a little of each. That is the usual choice.
+# - $\lambda = 0.95$ accepts a little bias, for a little less noise than $\lambda = 1$ has. That is
+#   the usual choice.
 #
 # This is why $V(x)$ is the *beginning* of a critic and not the whole of it.
 #
@@ -618,11 +620,12 @@ plt.show()
 
 # %% [markdown]
 # The answer is about a road, not about volcanoes, and ends in the middle of a sentence. This critic
-# noticed neither: it grew hopeful where *You can* began and stayed so. All of the surprise comes
-# with the score. Each row of the lower picture is one $\lambda$. At 0 a token gets only the step
-# that the critic's opinion made at it, and nearly all blame stays with the last. At 1 it gets the
-# score less what was expected before it: every token is blamed, *Glad you asked* for what came
-# later. Between the two, blame flows from right to left and fades on the way.
+# noticed neither: it grew hopeful at the full stop after *Glad you asked* and at *You*, and stayed
+# so. Nearly all of the disappointment comes with the score. Each row of the lower picture is one
+# $\lambda$. At 0 a token gets only the step that the critic's opinion made at it, and most of the
+# blame stays with the last. At 1 it gets the score less what was expected before it: every token is
+# blamed, *Glad you asked* for what came later. Between the two, blame flows from right to left and
+# fades on the way.
 #
 # Look at the good answer, too: "In the end the I hope that helps." It broke in the middle, and the
 # reward model gave it the highest score of all 24. What follows can only be as good as the score.
@@ -721,15 +724,15 @@ advantages, right = gae(rollout.rewards, rollout.values, mask)
 white = masked_whiten(advantages, mask)
 wrong = (white + rollout.values).masked_fill(~mask, 0)
 for name, x in (("advantages", advantages), ("whitened", white), ("returns", right)):
-    print(f"{name:17s} mean {x[mask].mean():+.3f}, std {x[mask].std():.3f}")
-print(f"{'returns, too late':17s} mean {wrong[mask].mean():+.3f}, std {wrong[mask].std():.3f}")
+    print(f"{name:17s} mean {x[mask].mean():+z.3f}, std {x[mask].std():.3f}")
+print(f"{'returns, too late':17s} mean {wrong[mask].mean():+z.3f}, std {wrong[mask].std():.3f}")
 error = (wrong - right)[mask].abs().max()
 print(f"largest error of a target: {error:.2f} standard deviations of the score")
 assert abs(white[mask].mean()) < 1e-5 and abs(white[mask].std() - 1) < 1e-4 and error > 0.5
 
 # %% [markdown]
-# Nothing crashes, and the critic learns what it is told. But it is told something else than what is
-# to come, and the next TD errors are wrong.
+# Nothing crashes, and the critic learns what it is told. But what it is told is not the reward
+# still to come, and so the next TD errors are wrong.
 #
 # ## Break it: the sign, the shift, the mask
 #
@@ -763,9 +766,10 @@ assert cosines["right"] > 0.9999 and cosines["values shifted"] < 0 < cosines["si
 # %% [markdown]
 # - The shift is fatal: each token gets the credit that belongs to the next one, and here the
 #   gradient points away from where it should.
-# - The sign is not, and so lives long. Whatever is taken off before a token is chosen leaves the
-#   gradient unbiased for $\lambda = 1$, be it $V$ or $-V$; at 0.95 the gradient is a quarter
-#   shorter and hardly turned. But the noise has doubled: the critic does harm.
+# - The sign is not, and so lives long. At $\lambda = 1$ one may take off any number that was fixed
+#   before the token was chosen, $V$ or $-V$, and the gradient stays unbiased; at 0.95 the gradient
+#   is a quarter shorter and hardly turned. But the noise has more than doubled: the critic does
+#   harm.
 # - Without the mask the bias is small, because answers here are cut soon. It is a bias all the
 #   same, and grows with the padding and with what the critic says there.
 #

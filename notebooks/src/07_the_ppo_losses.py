@@ -444,7 +444,7 @@ settings = dict(kl_coef=beta, lam=1.0, whiten_advantages=False, missing_eos_pena
 oracle_config = PPOConfig(**settings, max_response_tokens=world.length)
 start, critic = TabularPolicy(world, ref), TabularValue(world)
 start_values, _, _ = world.values(ref, ref, beta)
-critic.values.data = start_values
+critic.values.data = start_values.clone()
 most = world.objective(world.optimum(ref, beta)[0], ref, beta) - start_values[0]
 print(f"J of the reference {start_values[0]:.3f}, which is its value at the start of an answer")
 print(f"the best policy gains {most:.2f}")
@@ -514,8 +514,8 @@ plt.show()
 
 # %% [markdown]
 # Both runs promise much more than they keep. Without the clip the policy learns its four answers by
-# heart: the promise grows, and of the true gain nothing is left. With the clip it stops early and
-# keeps what it had by then.
+# heart: the promise grows, and of the true gain hardly anything is left. With the clip it stops
+# early and keeps what it had by then.
 #
 # The clip is caution, not a better way up. From sixteen answers there is more to learn, and there
 # the run without it gains more at its best, and at the end as much as the clipped one. It is only
@@ -769,12 +769,12 @@ assert min(off[name, 10.0, "policy"] for name in list(ways)[2:]) > 0.3
 # - **Separate critic.** The policy does the same to the last digit (within a rollout; the next one
 #   has advantages from another critic). Under SGD $c_1$ is a factor of the critic's learning rate:
 #   a tenth as far with 0.1, 7 times as far with 10, since the gradient shrinks on the way. Under
-#   Adam, with 10, the critic moves 4% further; with 0.1, 16% less far, for beside a gradient that
-#   small the `eps` that Adam adds to its size counts. A hundred times the $c_1$, a quarter more.
-#   This is minippo's case, and the knob that works is the critic's learning rate, `value_lr`.
-# - **One norm.** At 0.1 the limit is not reached, and the row is that of plain SGD. At 1 the
-#   *policy* moves 27% as far, at 10 hardly: the value loss uses up the norm. minippo clips each
-#   model's gradients on their own.
+#   Adam, with 10, the critic moves 4% further; with 0.1, 16% less far: the gradient is then so
+#   small that the `eps` in Adam's denominator counts. A hundred times the $c_1$, 23% more. This is
+#   minippo's case, and the knob that works is the critic's learning rate, `value_lr`.
+# - **One norm.** At 0.1 the limit is not reached, and both models move as far as under plain SGD.
+#   At 1 the *policy* moves 27% as far, at 10 hardly: the value loss uses up the norm. minippo clips
+#   each model's gradients on their own.
 # - **A shared trunk.** Both losses pull at the same weights, and $c_1$ says how hard the second one
 #   pulls: at 10 the policy moves 60% as far.
 
@@ -832,8 +832,8 @@ for c2, printed in ((0.0, False), (0.5, False), (1.0, False), (1.0, True)):
 # far as it goes.
 #
 # The KL in the reward and the KL in the loss are not the same term, though. With one token they end
-# at the same policy. With more, a KL loss does not see that a token leads to places where
-# KL will cost more; notebooks 05 and 08 measure it.
+# at the same policy. With more, a KL loss does not see that a token leads to places where KL will
+# cost more; notebook 05 measures it.
 #
 # ## Break it
 #
@@ -865,8 +865,8 @@ assert max(broken["sign turned", size] for size in (4, 16)) < -1
 # %% [markdown]
 # The turned sign is seen in the score. The smaller loss is not always: on the larger rollouts it
 # even gains more than the right one. That is no merit. It stops only tokens that went the wrong
-# way, and lets the others run on, so it does what no clip does: it ends five to seven nats away,
-# and with four answers the gain is lost. Watch the KL, not the score alone.
+# way, and lets the others run on, so the policy runs about as far as without any clip, five to
+# seven nats, and with four answers the gain is lost. Watch the KL, not the score alone.
 #
 # **The mask.** A mean over all positions, padding counted in. There the log-probabilities are 0 in
 # old and new, so the ratio is 1 and the advantage 0:
@@ -883,13 +883,13 @@ for name, (loss, stats) in results.items():
 # %%
 share = rollout.mask.double().mean().item()
 quotient = (results["with padding"][0] / results["masked"][0]).item()
-print(f"share of positions that count {share:.3f}, quotient of the losses {quotient:.3f}")
+print(f"share of positions that count {share:.4f}, quotient of the losses {quotient:.4f}")
 assert abs(share - quotient) < 1e-3
 
 # %% [markdown]
-# Loss, `clip_frac` and `approx_kl` are smaller by the share of tokens that count, and so is the
-# ratio's distance from 1. That share differs from batch to batch: the longest answer of a batch
-# decides how much the batch weighs. And the alarms sound later than they should.
+# Loss, `clip_frac`, `approx_kl` and the ratio's distance from 1 are all multiplied by the share of
+# tokens that count. That share differs from batch to batch: the longest answer of a batch decides
+# how much the batch weighs. And the alarms sound later than they should.
 #
 # **The shift, the temperature, the positions.** Each of these makes the update see other
 # log-probabilities than the rollout did. The test is one line, before any step: is every ratio 1?

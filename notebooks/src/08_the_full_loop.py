@@ -498,8 +498,8 @@ for n in shown:
 # <details><summary>Answer</summary>
 #
 # The score rises, fast at first. The KL starts at 0, because policy and reference are the same
-# model, and grows. The answers get longer: short ones that say nothing score badly.
-# `clip_frac` is largest at first and falls with the learning rate.
+# model, and grows. The answers get longer: short ones that say nothing score badly. `clip_frac` is
+# larger at first, and on the whole falls with the learning rate.
 #
 # </details>
 
@@ -556,7 +556,7 @@ norms = {kind: [row[f"grad_norm/{kind}"] for row in history] for kind in ("polic
 spike = max(history, key=lambda row: row["policy/approx_kl"])
 norms_differ = max(norms["policy"]) < config.max_grad_norm < max(norms["value"])
 few_clipped = spike["policy/clip_frac"] < 0.05
-print("mean norms above 1, where gradients are cut: the critic's alone:", norms_differ)
+print("only the critic's mean gradient norm goes above 1, where it is cut:", norms_differ)
 print("at the peak of approx_kl fewer than 5% of the tokens are clipped:", few_clipped)
 assert norms_differ and few_clipped
 
@@ -575,10 +575,10 @@ assert norms_differ and few_clipped
 # | gradients | steady, or jumping about one level | ever larger: scores of another scale |
 #
 # Our own curves are not as smooth as the table. Each point is one rollout of 64 answers, so the
-# critic's gradient jumps; clipping cuts it to 1. And `approx_kl` may peak where hardly anything is
-# clipped. A few tokens whose probability changed many times over can do that, since $k_3$ grows
-# with the ratio, and `clip_frac` does not count a ratio far outside on the side where the clip does
-# not act (notebook 07). A single peak that falls back is noise; a level that stays high is not.
+# critic's gradient jumps; clipping cuts it to 1. And `approx_kl` may peak where fewer than 5% of
+# the tokens are clipped. A few tokens whose probability changed many times over can do that, since
+# $k_3$ grows with the ratio. And `clip_frac` counts a ratio far outside only on the side where the
+# clip acts (notebook 07). A single peak that falls back is noise; a level that stays high is not.
 #
 # ## After
 #
@@ -604,8 +604,9 @@ assert gold_ppo > gold_sft + 1 and rate[1] > 0.5 and ppo_counts["rude"] < sft_co
 
 # %% [markdown]
 # Read the answers too: a number says how often, not what. In the stored outputs SFT's two worst
-# became good ones. Where SFT was at its best there was little to gain, and of two tips in the last
-# answer PPO left one. And it did not mend everything: some answers are still unreadable.
+# became good ones. Where SFT was at its best there was little to gain, and of the two tips in the
+# last answer PPO kept one. And it did not mend everything: in the stored outputs as many answers
+# are unreadable as before.
 #
 # ## The exam: the same loop against $\pi^*$
 #

@@ -17,7 +17,7 @@
 # and several processes; you know beforehand what fits and what it costs; and you test on the CPU,
 # with SFT, that a killed run and a run of two processes end at the weights of an undisturbed one.
 # **Needs.** The tour of notebook 00; a terminal. **Time.** 30 minutes to read, half a minute to
-# run. Nothing here needs a GPU or a network: what does is shown as a command and said to be such.
+# run. Nothing that runs here needs a GPU or a network; what needs one is only shown, as a command.
 #
 # **The question.** Four models, two of them trained: where does the memory go, where does the time
 # go, and what is left of a run when the machine dies in the middle?

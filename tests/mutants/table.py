@@ -1233,7 +1233,7 @@ ROLLOUT = (
         id="temperature-missing-in-the-sampler",
         module="generation",
         function="sample_tokens",
-        old="logits.float() / temperature",
+        old="at_least_float32(logits) / temperature",
         new="logits.float()",
         misconception="The temperature is taken care of elsewhere.",
         symptom="The behaviour policy is another one than the ratio assumes.",
@@ -1244,7 +1244,7 @@ ROLLOUT = (
         id="top-k-while-sampling",
         module="generation",
         function="sample_tokens",
-        old="logits.float() / temperature",
+        old="at_least_float32(logits) / temperature",
         new="logits.float().masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf) "
         "/ temperature",
         misconception="A little top-k makes samples better and changes nothing else.",
