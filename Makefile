@@ -27,7 +27,7 @@
 #   make oracle       train_ppo against the exact optimum: 173 trainings (20 minutes)
 #   make rebuild      run notebooks/src again and write the notebooks anew
 #   make lint         ruff
-#   make clean        remove .venv and caches (runs/ is kept)
+#   make clean        remove .venv, .venv-* and caches (runs/ is kept)
 #
 # Where pip would fetch a CUDA build of torch and only the CPU is wanted, TORCH_FROM takes the
 # options of pip install that name another index: make test TORCH_FROM="--index-url URL"
@@ -71,7 +71,8 @@ HH_FILE ?=
 HH_LIMITS := --max-prompt-tokens 384 --max-response-tokens 128
 
 .PHONY: help demo seeds hh results data install test unit integration notebooks exercises staleness \
-  portable portable-kernels portable-lessons portable-exercises minimums newest mutants sabotage mutation bench equal-time changes bounds faults browser cuda oracle rebuild lint clean
+  portable portable-kernels portable-lessons portable-exercises minimums newest \
+  mutants sabotage mutation bench equal-time changes bounds faults browser cuda oracle rebuild lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

@@ -1,6 +1,7 @@
 """What depends on the device: which one, in which precision, and what is traded for its memory.
 
-Nothing here changes what is computed on a CPU by default: there it is float32, and copies are none.
+Nothing here changes what is computed on a CPU by default: there it is torch's default dtype, and
+copies are none.
 """
 
 import ctypes
@@ -168,7 +169,7 @@ def stored_as(model: nn.Module, dtype: str) -> nn.Module:
 def cache_argument(kind: type) -> str:
     """What a model calls its cache: transformers 5.24 renamed it, and warns of the old name."""
     names = inspect.signature(kind.forward).parameters.keys()
-    if not names & {"cache", "past_key_values"}:  # it hands on to a model whatever it gets
+    if not names & {"cache", "past_key_values"}:  # it wraps a model of transformers
         from transformers import GPT2LMHeadModel
 
         return cache_argument(GPT2LMHeadModel)

@@ -100,7 +100,7 @@ def sum_metrics(metrics: dict) -> dict:
     if world() == 1:
         return metrics
     device = next((v.device for v in metrics.values() if torch.is_tensor(v)), None)
-    flat = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in metrics.values()]
+    flat = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in metrics.values()]
     return dict(zip(metrics, all_sum(torch.stack(flat).detach()), strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,16 +14,17 @@ from minippo.config import DATA_DIR
 from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
 
 # The oldest and the newest that the tests were run with; docs/compatibility.md says when and how.
+# A patch release of the newest is taken for tested.
 TESTED = {
-    "torch": ("2.6", "2.15"),
-    "transformers": ("4.56", "5.24"),
-    "datasets": ("3.0", "5.2"),
-    "tokenizers": ("0.22", "0.23"),
-    "numpy": ("2.0", "2.5"),
-    "safetensors": ("0.4", "0.8"),
-    "tyro": ("0.9", "1.0"),
-    "matplotlib": ("3.9", "3.11"),
-    "jupyterlab": ("4.2", "4.6"),
+    "torch": ("2.6.0", "2.15.0"),
+    "transformers": ("4.56.0", "5.24.0"),
+    "datasets": ("3.0.0", "5.2.0"),
+    "tokenizers": ("0.22.0", "0.23.3"),
+    "numpy": ("2.0.0", "2.5.5"),
+    "safetensors": ("0.4.3", "0.8.0"),
+    "tyro": ("0.9.1", "1.0.17"),
+    "matplotlib": ("3.9.0", "3.11.2"),
+    "jupyterlab": ("4.2.0", "4.6.6"),
 }
 TESTED_PYTHON = ("3.11", "3.13")
 CHECKPOINTS = {
@@ -36,7 +38,7 @@ CHECKPOINTS = {
 
 def examine() -> bool:
     """Prints what is installed, the device, and a line per shipped checkpoint; True if all load."""
-    python = platform.python_version()
+    python = ".".join(map(str, sys.version_info[:3]))
     print(f"minippo {__version__} on Python {python}, {platform.system()}{untested(python)}")
     for package, limits in TESTED.items():
         print(f"  {package:14s} {_version(package, limits)}")
@@ -47,14 +49,13 @@ def examine() -> bool:
     return all([_check(name, load) for name, load in CHECKPOINTS.items()])
 
 
-def untested(version: str, limits: tuple[str, str] = TESTED_PYTHON) -> str:
+def untested(found: str, limits: tuple[str, str] = TESTED_PYTHON) -> str:
     """Which side of the tested versions this one is on, to be printed behind it; "" if on none."""
-    oldest, newest = (Version(limit).release for limit in limits)
-    release = Version(version).release
-    if release[: len(oldest)] < oldest:
-        return f"  (older than {limits[0]}, the oldest that was tested)"
-    if release[: len(newest)] > newest:
-        return f"  (newer than {limits[1]}, the newest that was tested)"
+    oldest, newest = map(Version, limits)
+    if Version(found) < oldest:
+        return f"  (older than {oldest}, the oldest that was tested)"
+    if Version(found).release[:2] > newest.release[:2]:
+        return f"  (newer than {newest}, the newest that was tested)"
     return ""
 
 

@@ -144,7 +144,10 @@ def parse_pair(row: dict) -> dict:
 
 
 def _check_depth(row: object) -> None:
-    """Python's own limit is another one in each version, and depends on the frames above."""
+    """Raises BadPair for a row with more than MAX_DEPTH levels.
+
+    Python's own limit is another one in each version, and depends on the frames above.
+    """
     level = [[row]]
     for _ in range(MAX_DEPTH + 1):
         inner = (x.values() if isinstance(x, dict) else x for x in level)
@@ -315,7 +318,10 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
             lines = _json_rows(file) if path.suffix == ".json" else _lines_of(file)
             rows = ((name, number, line) for number, line in enumerate(lines, 1))
             yield from (row for row in rows if row[2].decode(errors="replace").strip())
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except RecursionError as error:  # of a .json file, which Python reads as one value
+        message = f"a row of {path} is nested deeper than Python reads"
+        raise ValueError(f"{message}; write .jsonl, where such a row is refused alone") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} cannot be read: damaged or not UTF-8? ({error})") from error
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minippo.batching import batch_plan, check_context
+from minippo.devices import at_least_float32
 from minippo.distributed import sum_gradients, sum_metrics, whole
 
 
@@ -80,7 +81,7 @@ def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict
         checked[f"weights/{group['name']}"] = whole(torch.stack(norms).norm())
     tensors = {name: v for name, v in checked.items() if isinstance(v, Tensor)}
     if tensors:  # all of them in one copy, the only time in a step that the host waits
-        together = torch.stack([v.detach().double() for v in tensors.values()])
+        together = torch.stack([at_least_float32(v.detach()) for v in tensors.values()])
         checked |= dict(zip(tensors, together.tolist(), strict=True))
     floats = {name: float(value) for name, value in checked.items()}
     broken = [name for name, value in floats.items() if not math.isfinite(value)]

@@ -74,7 +74,7 @@ def pair_accuracy(scores: Tensor) -> Tensor:
     """Share of the pairs of (B, K) scores, best first, in the right order; a tie is wrong. ()."""
     size, device = scores.shape[1], scores.device
     better, worse = torch.triu_indices(size, size, offset=1, device=device)
-    return (scores[:, better] > scores[:, worse]).to(scores).mean()
+    return (scores[:, better] > scores[:, worse]).to(torch.get_default_dtype()).mean()
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ def default_dtype(request):
         check.__dict__.pop("trials", None)  # they are made in this one
     torch.set_default_dtype(request.param)
     yield
+    assert torch.get_default_dtype() == request.param  # no check has left its own behind
     torch.set_default_dtype(torch.float32)
 
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from minippo import ppo, rollout
-from minippo.checks import check_collect_rollout, check_ppo_loss, check_ppo_update, grading, own
+from minippo.checks import (
+    check_collect_rollout,
+    check_ppo_loss,
+    check_ppo_update,
+    grading,
+    loop,
+    own,
+)
 from minippo.checks.loop import Differs, agree, agree_all
 
 nbformat = pytest.importorskip("nbformat")
@@ -22,11 +29,14 @@ UNSOLVED = sorted((NOTEBOOKS / "exercises").glob("*.ipynb"))
 OWN = {"acts": rollout.collect_rollout, "loses": ppo.ppo_loss, "moves": ppo.ppo_update}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def default_dtype():
-    """What a lesson computes in; that all of it holds in float32 too, `minippo grade` shows."""
-    torch.set_default_dtype(torch.float64)
+@pytest.fixture(autouse=True, scope="module", params=[torch.float32, torch.float64], ids=str)
+def default_dtype(request):
+    """Commands compute in float32, lessons in float64: a check says the same in both."""
+    for made in (loop._shipped, loop._wanted, loop._wanted_loss_parts, loop._wanted_after):
+        made.cache_clear()
+    torch.set_default_dtype(request.param)
     yield
+    assert torch.get_default_dtype() == request.param  # no check has left its own behind
     torch.set_default_dtype(torch.float32)
 
 

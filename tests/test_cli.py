@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,7 +405,7 @@ def test_doctor_is_content_with_five_checkpoints(data_dir, capsys):
 def test_doctor_names_what_was_not_tested_and_on_which_side(data_dir, monkeypatch, capsys):
     found = {"torch": "2.5.1", "transformers": "5.999.0", "numpy": "2.0.0", "datasets": "4.1"}
     monkeypatch.setattr(doctor, "version", lambda package: found.get(package, "0.22.1+local"))
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.99.1")
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(version_info=(3, 99, 1, "final", 0)))
     with pytest.raises(SystemExit):
         cli.main(["doctor"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}

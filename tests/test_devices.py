@@ -119,7 +119,7 @@ def test_freed_memory_is_kept():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         given_back = [new_pages() for _ in range(3)]
         does = keep_freed_memory()
-        kept = [new_pages() for _ in range(6)]  # the heap has to grow first
+        kept = [new_pages() for _ in range(20)]  # the heap has to grow first
         print(int(does), given_back[-1], kept[-1])
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]

@@ -498,6 +498,15 @@ def test_how_deep_a_row_may_be_is_ours_to_say(tmp_path, key, opening, closing):
     assert f"nested deeper than {hh.MAX_DEPTH}" in report[1].examples["not_json"][0]
 
 
+def test_a_json_file_too_deep_for_python_is_refused_with_what_to_do(tmp_path):
+    """Python reads it as one value, and where it gives up the rows are not told apart."""
+    path = tmp_path / "rows.json"
+    row = json.dumps(make_row(extra="deep")).replace('"deep"', "[" * 200_000 + "]" * 200_000)
+    path.write_text(f"[{dump([make_row()])}, {row}]")
+    with pytest.raises(ValueError, match="nested deeper than Python reads; write .jsonl"):
+        load_preferences(path, on_error="skip")
+
+
 def test_a_number_of_too_many_digits_is_not_json(tmp_path):
     digits = "9" * 5000
     line = json.dumps(make_row(id="?")).replace('"?"', digits)

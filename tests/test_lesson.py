@@ -45,8 +45,9 @@ class Rounded(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         name = func.overloadpacket.__name__
-        rounds = name != "zeros"  # as the fused AdamW begins to count its steps: exact in any type
-        if rounds and any(x.is_floating_point() and x.dtype != torch.float64 for x in made):
+        # The fused AdamW counts its steps in a float32 scalar, which begins at 0.
+        made = [x for x in made if x.dim() or name != "zeros"]
+        if any(x.is_floating_point() and x.dtype != torch.float64 for x in made):
             self.operations.add(name)
         return result
 
@@ -108,19 +109,14 @@ def test_nothing_of_a_lesson_is_rounded_to_single_precision(double):
         few = [Encoded(n, *pair) for n, pair in enumerate(zip(prompts, ([a] for a in answers)))]
         pairs = [Encoded(row.row, row.prompt, [*row.responses, [5, 1]]) for row in few]
         scores = [row[0] for row in score_all(reward_model, few, pad_id)]
-        histories = [
-            train_sft(policy, few, SFTConfig(steps=1, batch_size=4, micro_batch_size=4), pad_id),
-            train_reward_model(reward_model, pairs, RewardConfig(epochs=1), pad_id),
-            train_value_model(value_model, few, scores, ValueConfig(batch_size=4), pad_id),
-            train_ppo(*models, reward_model, prompts, tokenizer, config),
-        ]
+        train_sft(policy, few, SFTConfig(steps=1, batch_size=4, micro_batch_size=4), pad_id)
+        train_reward_model(reward_model, pairs, RewardConfig(epochs=1), pad_id)
+        train_value_model(value_model, few, scores, ValueConfig(batch_size=4), pad_id)
+        train_ppo(*models, reward_model, prompts, tokenizer, config)
         prompt_explained_variance(value_model, few, scores, pad_id)
         rollout = collect_rollout(*models, reward_model, prompts, tokenizer, config)
     assert rounded.operations == set()
     assert rollout.raw_scores.dtype == torch.float64
-    # A metric that was float32 on its way is one of its few numbers, which float64 hardly ever is.
-    losses = torch.tensor([value for history in histories for value in history[0].values()])
-    assert (losses.float().double() != losses).sum() > len(losses) / 2
 
 
 def test_nothing_of_the_oracle_is_rounded_to_single_precision(double):

@@ -318,10 +318,10 @@ def test_scores_from_another_device_come_to_that_of_the_answers():
     assert scores.device.type == "meta"
 
 
-def test_scores_of_other_types_become_float32(world, rollout):
+def test_scores_of_other_types_take_that_of_the_values(world, rollout):
     whole = world.rollout(score_fn=lambda tokens, mask, q: tokens[:, -1])
     double = world.rollout(score_fn=lambda *args: rule(*args).double())
-    assert whole.raw_scores.dtype == double.rewards.dtype == torch.float32
+    assert whole.raw_scores.dtype == double.rewards.dtype == rollout.values.dtype == torch.float32
     torch.testing.assert_close(double.rewards, rollout.rewards)
 
 

@@ -27,11 +27,11 @@
 # says what is meant.
 #
 # Every lesson begins with the call below. It makes torch compute in double precision on one thread,
-# so that the lesson prints on your machine what it prints here: in single precision the last digits
-# differ from processor to processor, and at a near tie such a digit decides which token is sampled.
+# so that the lesson prints on your processor what it prints here: in single precision the last
+# digits differ from one to the next, and at a near tie such a digit decides which token is sampled.
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()

@@ -30,7 +30,7 @@
 # plausible, and the model that is trained on them learns something else.
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()

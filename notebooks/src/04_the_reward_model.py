@@ -27,7 +27,7 @@
 # one answer. **How do comparisons become a number, and what does that number mean?**
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()

@@ -30,7 +30,7 @@
 # older version of it gave, and what keeps it from going further?**
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()

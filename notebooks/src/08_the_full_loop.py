@@ -29,7 +29,7 @@
 # known answer.
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()

@@ -23,7 +23,7 @@
 # go, and what is left of a run when the machine dies in the middle?
 
 # %%
-# On Colab: upload a clone of the repository, then run  %pip install -q ./minippo
+# On Colab: upload a clone of the repository, then run: %pip install -q ./minippo
 from minippo.lesson import set_up
 
 set_up()
@@ -184,8 +184,8 @@ for name, parameters in sizes.items():
 
 # %% [markdown]
 # Do not believe a table: count. The next cells make the four models and one real optimizer step,
-# and add up the numbers in every tensor that is kept. (The lesson computes in float64, like all
-# lessons; the commands in float32, where each of these numbers has 4 bytes.)
+# and add up the bytes of every tensor that is kept. (The lesson computes in float64, like all
+# lessons; in float32, as commands compute, it is half of that.)
 
 # %%
 from minippo.models import RewardModel, ValueModel, frozen_copy
@@ -206,7 +206,7 @@ optimizer.step()
 everything = [p for m in (policy, ref_policy, value_model, reward_model) for p in m.parameters()]
 everything += [p.grad for p in everything if p.grad is not None]
 everything += [x for moments in optimizer.state.values() for x in moments.values() if x.dim()]
-counted = 4 * sum(x.numel() for x in everything)  # bytes
+counted = sum(x.numel() * x.element_size() for x in everything) / 2  # as in float32
 a_parameter = counted / sum(p.numel() for p in policy.parameters())
 print(f"{counted / 1e6:.1f} MB, {a_parameter:.1f} bytes for each parameter of the policy")
 assert 39 < a_parameter < 41

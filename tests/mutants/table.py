@@ -1234,7 +1234,7 @@ ROLLOUT = (
         module="generation",
         function="sample_tokens",
         old="at_least_float32(logits) / temperature",
-        new="logits.float()",
+        new="at_least_float32(logits)",
         misconception="The temperature is taken care of elsewhere.",
         symptom="The behaviour policy is another one than the ratio assumes.",
         source=f"{RLHF_BOOK}: sampled at 0.6, scored at 1",
@@ -1245,8 +1245,8 @@ ROLLOUT = (
         module="generation",
         function="sample_tokens",
         old="at_least_float32(logits) / temperature",
-        new="logits.float().masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf) "
-        "/ temperature",
+        new="at_least_float32(logits).masked_fill(logits < logits.topk(3).values[:, -1:], "
+        "-torch.inf) / temperature",
         misconception="A little top-k makes samples better and changes nothing else.",
         symptom="KL turns negative: rare tokens are never sampled, though the policy favours them.",
         source="https://github.com/huggingface/trl/issues/235",
