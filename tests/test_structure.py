@@ -30,10 +30,10 @@ BUDGETS = {
     # queries that are read once and autocast in one place; 49 more keep the memory of the reader
     # flat: lines and files of limited size, pairs that go to the disk in batches and are mapped;
     # 54 take the padding out of what the models read; 32 let each process take its rows of a batch
-    # and weigh them by its share; 12 more make the depth at which a row is refused ours, not that of
-    # the interpreter, 4 hand a cache on under the name that the model gives it. What a lesson need
-    # not know, the rung "the machine", is not counted: processes, devices, what is looked at in a
-    # stranger's files.
+    # and weigh them by its share; 12 more make the depth at which a row is refused ours, not that
+    # of the interpreter, 4 hand a cache on under the name that the model gives it. What a lesson
+    # need not know, the rung "the machine", is not counted: processes, devices, what is looked at
+    # in a stranger's files.
     "code lines, settings to learning": 1576,
     # What a lesson need not know: the sums over processes, FSDP; devices, and what a model calls
     # its cache in which version of transformers; a stranger's files.
