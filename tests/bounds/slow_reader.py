@@ -13,6 +13,7 @@ from json.scanner import py_make_scanner
 ORDER = """not_json too_large missing_key not_text leading_text no_assistant_turn not_alternating
 ends_with_human empty_turn empty_answer diverging_history identical_answers""".split()
 ROW, LINE = 1_000_000, 4_000_000  # characters of all fields, bytes of a line with its line feed
+LEVELS = 32  # of lists and objects in one another, the row itself counted
 HALVES = {chr(code) for code in range(0xD800, 0xE000)}  # halves of a character
 
 
@@ -31,6 +32,8 @@ def outcome(line: bytes, feed: int, place: str) -> tuple[str | None, dict | None
         return "too_large", None
     try:
         row = parse_json(line.decode("utf-8"))
+        if levels(row) > LEVELS:
+            return "not_json", None
     except (ValueError, RecursionError):
         return "not_json", None
     kind = fault_of_fields(row)
@@ -54,6 +57,13 @@ def parse_json(text: str):
     decoder.parse_string = py_scanstring
     decoder.scan_once = py_make_scanner(decoder)
     return decoder.decode(text)
+
+
+def levels(value) -> int:
+    """How many lists and objects are in one another, at the deepest place."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def fault_of_fields(row) -> str | None:
