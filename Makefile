@@ -11,7 +11,7 @@
 #   make notebooks    run the committed notebooks and compare their outputs
 #   make exercises    run the exercise notebooks as a student gets them, unsolved
 #   make staleness    check that the notebooks are what their sources say
-#   make portable     run lessons and exercises with other kernels: the same numbers (10 minutes)
+#   make portable     run lessons and exercises with other kernels: the same numbers (13 minutes)
 #   make minimums     unit tests and lessons with the lowest versions that pyproject.toml allows
 #   make newest       the same with the newest of everything: make newest WITH_PYTHON=3.13
 #   make mutants      put known wrong versions of the functions in place: each has to be noticed
@@ -40,7 +40,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15
-NBVAL := MINIPPO_MINE=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
+NBVAL := MINIPPO_MINE=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider
 BUILT := $(wildcard notebooks/*.ipynb)
 UNSOLVED := $(wildcard notebooks/exercises/*.ipynb)
 

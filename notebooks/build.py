@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = 'raise NotImplementedError("write this, then run the next cell")'
 SKIP = "nbval-skip"  # the tag by which nbval, and so this script, leaves a cell unrun
-CELL_SECONDS = 300  # the limit of `make notebooks` too
+CELL_SECONDS = 900  # the limit of `make notebooks` too
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
 PYTEST = ("pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider")
-NBVAL = (*PYTEST, "--nbval-current-env", "--nbval-cell-timeout=300")
+NBVAL = (*PYTEST, "--nbval-current-env", "--nbval-cell-timeout=900")
 
 
 def make_environment(folder: Path, which: str, python: str) -> Path:
