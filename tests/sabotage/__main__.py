@@ -30,7 +30,7 @@ from .edits import EDITS, Edit
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 1200  # a notebook that takes longer hangs: an error, not a verdict
-NBVAL = "-m pytest -q -x --nbval --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider"
+NBVAL = "-m pytest -q -x --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider"
 # What the kernel of a notebook is told; MINIPPO_MINE: no student's functions in place of ours.
 ALONE = {"MINIPPO_MINE": "off", "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
 # What code raises that nobody ever had: such an edit is no mistake of a reader's.
