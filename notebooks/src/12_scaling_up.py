@@ -272,14 +272,14 @@ assert real <= grouped < packed.tokens.numel() < places
 
 # %% [markdown]
 # And the time? One forward and backward pass either way, three times each, the fastest counts. (The
-# padded way already leaves out the prompt's logits. The seconds are this machine's; the claim below
-# them is not.)
+# padded way already leaves out the prompt's logits. Seconds of the processor are counted, which
+# other programs do not lengthen. They are this machine's; the claim below them is not.)
 
 # %%
 def seconds(logits):
-    began = time.perf_counter()
+    began = time.process_time()
     logits().logsumexp(-1).sum().backward()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def packed_logits():
