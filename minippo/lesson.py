@@ -1,4 +1,4 @@
-"""What a lesson begins with: one call, so that it prints the same numbers on every machine."""
+"""What a lesson begins with: one call, so that it prints the same numbers on other processors."""
 
 import os
 import warnings
