@@ -17,7 +17,7 @@ from statistics import mean, stdev
 import tyro
 
 from minippo.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig, ValueConfig
-from minippo.tinyhh.world import is_unseen, read_request
+from minippo.worlds.tinyhh.world import is_unseen, read_request
 
 DOCS = Path(__file__).parent
 # What every single seed has to meet: key of the PPO column, bound, and the direction.

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from minippo.config import PPOConfig
 from minippo.models import ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import Hooks
-from minippo.oracle import TabularPolicy, TabularValue, World, feelings_world
 from minippo.plots import probability_bars
 from minippo.ppo import train_ppo
+from minippo.worlds.oracle import TabularPolicy, TabularValue, World, feelings_world
 
 DOCS = Path(__file__).parent
 BOUND, SECONDS, NATS = 0.01, 60.0, (0.5, 5.0)  # of KL(ref, goal); a run; of KL(ref, pi*)

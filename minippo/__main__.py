@@ -1,5 +1,5 @@
 """`python -m minippo`, and `torchrun -m minippo` for several processes."""
 
-from minippo.cli import main
+from minippo.app.cli import main
 
 main()

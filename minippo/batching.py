@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minippo.engine.packing import Rows
 from minippo.hh import format_prompt
 
 
@@ -107,8 +108,36 @@ def right_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(longest) < lengths[:, None]
 
 
-def pieces(items, size: int) -> list:
-    """Consecutive pieces of `size` items, the last one perhaps smaller; of lists and tensors."""
+def join_query_response(
+    prompts: list[list[int]], responses: list[list[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[query | response] with the paddings of the contract.
+
+    returns: tokens (B, T), attention_mask (B, T), response mask (B, R)
+    """
+    query, query_mask = left_pad(prompts, pad_id)  # (B, Q)
+    response, mask = right_pad(responses, pad_id)  # (B, R)
+    return torch.cat([query, response], 1), torch.cat([query_mask, mask], 1), mask
+
+
+@dataclass(frozen=True)
+class Samples(Rows):
+    """B answers with their prompts. What it can do as a batch is in the engine's Rows."""
+
+    tokens: Tensor  # (B, T) query, left-padded, and response, right-padded
+    attention_mask: Tensor  # (B, T) bool, its response part equals mask
+    response: Tensor  # (B, R)
+    mask: Tensor  # (B, R) bool, True up to and with the first EOS
+
+
+def answered(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Samples:
+    """Token lists as a batch, one response to each prompt."""
+    tokens, attention_mask, mask = join_query_response(prompts, responses, pad_id)
+    return Samples(tokens, attention_mask, tokens[:, -mask.shape[1] :], mask)
+
+
+def chunks(items, size: int) -> list:
+    """Consecutive chunks of `size` items, the last one perhaps smaller; of lists and tensors."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -124,8 +153,8 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
         raise ValueError("there are no rows to make batches of")
     order = rng.sample(range(len(lengths)), len(lengths))
     order = order[: len(order) // batch_size * batch_size] or order
-    blocks = [sorted(block, key=lengths.__getitem__) for block in pieces(order, 16 * batch_size)]
-    batches = [batch for block in blocks for batch in pieces(block, batch_size)]
+    blocks = [sorted(block, key=lengths.__getitem__) for block in chunks(order, 16 * batch_size)]
+    batches = [batch for block in blocks for batch in chunks(block, batch_size)]
     return rng.sample(batches, len(batches))
 
 

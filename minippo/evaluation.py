@@ -5,14 +5,12 @@ from collections import Counter
 
 import torch
 
-from minippo.batching import Encoded, decode_response, pieces
+from minippo.batching import Encoded, answered, decode_response
+from minippo.engine.look import response_logprobs
 from minippo.generation import generate_many
-from minippo.logprobs import gather_logprobs
-from minippo.models import response_logits
-from minippo.reward_model import score_all
-from minippo.sft import join
-from minippo.tinyhh.annotator import Judgement, judge
-from minippo.tinyhh.world import is_unseen, read_request
+from minippo.reward_training import score_all
+from minippo.worlds.tinyhh.annotator import Judgement, judge
+from minippo.worlds.tinyhh.world import is_unseen, read_request
 
 
 def win_rate(scores, other_scores) -> tuple[float, float, float]:
@@ -63,17 +61,11 @@ def best_of_n_kl(n: int) -> float:
 @torch.no_grad()
 def kl_per_sequence(policy, ref_policy, answers: list[Encoded], pad_id: int, temperature=1.0):
     """Mean over answers of sum_t log pi - log pi_ref: an estimate of KL(policy, ref) in nats."""
-    total, device = 0.0, next(policy.parameters()).device
-    for piece in pieces(answers, 64):
-        prompts, responses = [e.prompt for e in piece], [e.responses[0] for e in piece]
-        tokens, attention_mask, mask = join(prompts, responses, pad_id, device)
-        length = mask.shape[1]
-        views = []
-        for model in (policy, ref_policy):
-            logits = response_logits(model, tokens, attention_mask, length)
-            views.append(gather_logprobs(logits, tokens[:, -length:], temperature))
-        total += float((views[0] - views[1]).masked_fill(~mask, 0).sum())
-    return total / len(answers)
+    prompts, responses = [e.prompt for e in answers], [e.responses[0] for e in answers]
+    batch = answered(prompts, responses, pad_id).to_device_of(policy).read_in_chunks_of(64)
+    logprobs = response_logprobs(policy, batch, temperature)  # (B, R)
+    ref_logprobs = response_logprobs(ref_policy, batch, temperature)  # (B, R)
+    return float((logprobs - ref_logprobs).sum()) / len(answers)
 
 
 def judge_all(rows, answers: list[Encoded], tokenizer) -> list[Judgement]:

@@ -1,14 +1,15 @@
 """Sampling over the model's KV cache: rows stop one by one, and each row has its own randomness."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minippo.batching import left_pad, pieces
-from minippo.devices import at_least_float32, cache_of, to_device
-from minippo.distributed import anywhere, gather_dict, in_lockstep, own_rows, world
-from minippo.models import forward_pass
+from minippo.batching import chunks, left_pad
+from minippo.engine.look import shared
+from minippo.engine.passes import next_logits
 
 
 def row_uniforms(seed: int, step: int, rows, length: int) -> Tensor:
@@ -28,7 +29,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
     uniforms: (B,) in [0, 1)
     returns: tokens (B,), the first whose cumulative probability exceeds the uniform number
     """
-    cumulative = torch.softmax(at_least_float32(logits) / temperature, dim=-1).cumsum(-1)
+    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)  # (B, V)
     threshold = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]  # the sum may miss 1
     below = cumulative[:, -1:].nextafter(cumulative.new_zeros(()))
     threshold = torch.minimum(threshold, below)  # u may round to 1
@@ -47,28 +48,30 @@ def generate(
     rows: the global number of each row, which keys its randomness; 0 .. B-1 if None
     returns: response (B, R), R <= max_response_tokens, padded with pad_id after the first EOS
     """
-    count, device = query.shape[0], query.device
-    rows = range(count) if rows is None else rows
-    (uniforms,) = to_device([row_uniforms(seed, step, rows, max_response_tokens)], device)
-    response = torch.full((count, max_response_tokens), pad_id, device=device)
-    alive = torch.arange(count, device=device)  # rows that are still being written
-    mask, tokens, cache, idle = query_mask.long(), query, None, False
-    for t in range(max_response_tokens):
-        output = forward_pass(policy, tokens, mask, use_cache=True, cache=cache, logits_to_keep=1)
-        cache = cache_of(output)
-        sampled = sample_tokens(output.logits[:, -1], uniforms[alive, t], temperature)
-        if not idle:
-            response[alive, t] = sampled
+    rows = range(len(query)) if rows is None else rows
+    uniforms = row_uniforms(seed, step, rows, max_response_tokens)  # (B, max_response_tokens)
+    write = partial(_write, policy, eos_id, pad_id, temperature)
+    return shared(policy, write, query, query_mask, uniforms, fill=pad_id)
+
+
+def _write(policy, eos_id, pad_id, temperature, query, query_mask, uniforms) -> Tensor:
+    """The loop of `generate`, token by token."""
+    count, limit = uniforms.shape
+    response = torch.full((count, limit), pad_id, device=query.device)
+    alive = torch.arange(count, device=query.device)  # (A,) rows that are still being written
+    tokens, attention_mask, cache = query, query_mask.long(), None
+    for t in range(limit):
+        logits, cache = next_logits(policy, tokens, attention_mask, cache)  # (A, V)
+        sampled = sample_tokens(logits, uniforms[alive, t], temperature)  # (A,)
+        response[alive, t] = sampled
         going_on = (sampled != eos_id).nonzero().squeeze(-1)
-        idle = idle or len(going_on) == 0
-        if not anywhere(not idle):
+        if len(going_on) == 0:
             break
-        if idle:  # all rows are done here but not on another rank: one takes part in its passes
-            going_on = alive.new_zeros(1)
         if len(going_on) < len(alive):
             cache.batch_select_indices(going_on)
-            alive, mask, sampled = alive[going_on], mask[going_on], sampled[going_on]
-        tokens, mask = sampled[:, None], F.pad(mask, (0, 1), value=1)
+            alive, sampled = alive[going_on], sampled[going_on]
+            attention_mask = attention_mask[going_on]
+        tokens, attention_mask = sampled[:, None], F.pad(attention_mask, (0, 1), value=1)
     return response[:, : t + 1]
 
 
@@ -82,17 +85,15 @@ def generate_many(
     keyed by the prompt's place.
     on_batch: called with the number of prompts of each batch that is done
     """
-    device, eos_id = next(policy.parameters()).device, tokenizer.eos_token_id
-    limits = (max_response_tokens, eos_id, tokenizer.pad_token_id)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[own_rows(len(prompts))]
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    for rows, _ in in_lockstep(pieces(order, batch_size)):
-        padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id)
-        query, mask = to_device(padded, device)
+    for rows in chunks(order, batch_size):
+        query, mask = left_pad([prompts[i] for i in rows], pad_id)
+        limits = (max_response_tokens, eos_id, pad_id)
         response = generate(policy, query, mask, *limits, seed, step, rows, temperature)
         for row, ids in zip(rows, response.tolist(), strict=True):
             answers[row] = ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
         if on_batch:
-            on_batch(len(rows) * world())
-    answers = gather_dict(answers)
+            on_batch(len(rows))
     return [answers[row] for row in range(len(prompts))]

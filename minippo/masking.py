@@ -75,3 +75,16 @@ def response_mask(response: Tensor, eos_id: int | Tensor) -> Tensor:
     """
     is_eos = (response == eos_id).long()
     return is_eos.cumsum(dim=1) - is_eos == 0
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that left padding changes nothing.
+
+    p_t = max(0, Σ_{s≤t} m_s − 1)
+
+    attention_mask: (B, T) bool  True where a token is real; 0 and 1 are taken too
+    returns: (B, T) int
+    Source: the same sum in TRL and in transformers' `generate`. What stands at padding, which no
+        token sees, differs: 0 here, the number of real tokens before it in TRL, 1 in `generate`.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minippo.batching import batch_plan, check_context
-from minippo.devices import at_least_float32
-from minippo.distributed import sum_gradients, sum_metrics, whole
+from minippo.engine.gradients import as_floats, optimizer_step, weight_norms
 
 
 class NonFiniteError(ValueError):
@@ -54,36 +53,13 @@ def set_learning_rate(optimizer, step: int, total: int, warmup_steps: int) -> No
         group["lr"] = group["peak_lr"] * factor
 
 
-def optimizer_step(optimizer, max_grad_norm: float) -> dict[str, Tensor]:
-    """Adds up the ranks' gradients, clips each model's on its own, steps, clears them.
-
-    returns: the norms before clipping, as grad_norm/NAME
-    """
-    norms = {}
-    for group in optimizer.param_groups:
-        sum_gradients(group["params"])
-        norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        norms[f"grad_norm/{group['name']}"] = whole(norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norms
-
-
 def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict[str, float]:
-    """Metrics as floats, moved off the device once a step; NonFiniteError names what is not finite.
+    """Metrics as floats; NonFiniteError names what is not finite.
 
     Means over minibatches are enough to see it: one NaN makes the mean NaN.
     optimizer: its weights must be finite as well; a step can break them where the loss is finite
     """
-    checked = dict(metrics)
-    for group in optimizer.param_groups if optimizer else ():
-        norms = [parameter.detach().norm() for parameter in group["params"]]
-        checked[f"weights/{group['name']}"] = whole(torch.stack(norms).norm())
-    tensors = {name: v for name, v in checked.items() if isinstance(v, Tensor)}
-    if tensors:  # all of them in one copy, the only time in a step that the host waits
-        together = torch.stack([at_least_float32(v.detach()) for v in tensors.values()])
-        checked |= dict(zip(tensors, together.tolist(), strict=True))
-    floats = {name: float(value) for name, value in checked.items()}
+    floats = as_floats(metrics | (weight_norms(optimizer) if optimizer else {}))
     broken = [name for name, value in floats.items() if not math.isfinite(value)]
     if broken:
         message = f"{stage}, step {step}: {', '.join(broken)} became NaN or infinite"
@@ -94,14 +70,13 @@ def finite_metrics(stage: str, step: int, metrics: dict, optimizer=None) -> dict
 
 
 def training_loop(
-    stage: str, models: dict, lengths: list[int], gradients, config, seed: int, hooks=None
-) -> list[dict]:
+    stage: str, models: dict, lengths: list[int], gradients, config, *, seed: int, hooks=None
+) -> list[dict[str, float]]:
     """The loop that all trainings but PPO share; returns the metrics of each step.
 
     models: {name: the model that is trained}; without dropout, gradients flow all the same
     lengths: the tokens of each row
-    gradients: (indices) -> metrics; leaves the gradients of that batch in the model, or of this
-        process's rows of it, both as shares of the mean over the batch
+    gradients: (indices) -> metrics; leaves the gradients of that batch in the models
     config: its batch_size, steps or epochs, lr, warmup_steps and max_grad_norm are used
     Raises ValueError if a row exceeds the model's context, and NonFiniteError when a metric or a
     weight is NaN or infinite.
@@ -117,7 +92,7 @@ def training_loop(
     first = hooks.start(stage, total, {**models, "optimizer": optimizer})
     for step in range(first, total):
         set_learning_rate(optimizer, step, total, config.warmup_steps)
-        metrics = sum_metrics(gradients(plan[step]))
+        metrics = gradients(plan[step])
         norms = optimizer_step(optimizer, config.max_grad_norm)
         history.append(finite_metrics(stage, step, metrics | norms, optimizer))
         hooks.step(stage, step, history[-1])

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from minippo.batching import beginning, pieces, right_pad
+from minippo.batching import beginning, chunks, right_pad
 from minippo.config import PretrainConfig
-from minippo.devices import to_device
-from minippo.distributed import own_rows
+from minippo.engine.gradients import accumulate_rows
+from minippo.engine.packing import to_device_of
+from minippo.engine.passes import token_logits
 from minippo.losses import lm_loss
-from minippo.models import token_logits
 from minippo.optim import training_loop
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
@@ -31,26 +31,26 @@ def train_tokenizer(texts, vocab_size: int):
 
 
 def train_lm(
-    model, sequences: list[list[int]], config: PretrainConfig, pad_id: int, seed=0, hooks=None
-) -> dict[str, float]:
-    """Next-token prediction on whole texts; returns the metrics of the last step.
+    model, sequences: list[list[int]], config: PretrainConfig, *, pad_id: int, seed=0, hooks=None
+) -> list[dict[str, float]]:
+    """Next-token prediction on whole texts; returns the metrics of each step.
 
     model: a causal LM, trained in place
     sequences: token ids of one text each, EOS at the end
     Raises ValueError if a text is longer than the model's context.
     """
-    device, lengths = next(model.parameters()).device, [len(s) for s in sequences]
+    lengths = [len(sequence) for sequence in sequences]
+
+    def loss_of(chosen):
+        tokens, mask = right_pad([sequences[i] for i in chosen], pad_id)  # (B, T)
+        loss = text_loss(model, *to_device_of(model, tokens, mask))
+        return loss, {"loss/lm": loss}
 
     def gradients(indices):
-        own = indices[own_rows(len(indices))]
-        tokens, mask = right_pad([sequences[i] for i in own], pad_id)
-        share = sum(lengths[i] - 1 for i in own) / sum(lengths[i] - 1 for i in indices)
-        loss = text_loss(model, *to_device((tokens, mask), device)) * share
-        loss.backward()
-        return {"loss/lm": loss}
+        return accumulate_rows(loss_of, indices, weight=lambda i: lengths[i] - 1)
 
-    history = training_loop("pretrain", {"policy": model}, lengths, gradients, config, seed, hooks)
-    return history[-1] if history else {}
+    models = {"policy": model}
+    return training_loop("pretrain", models, lengths, gradients, config, seed=seed, hooks=hooks)
 
 
 def text_loss(model, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ def encode_texts(tokenizer, texts, context: int) -> tuple[list[list[int]], int]:
 @torch.no_grad()
 def perplexity(model, sequences: list[list[int]], pad_id: int, batch_size: int = 64) -> float:
     """exp of the mean loss per token on held-out texts."""
-    total, count, device = 0.0, 0, next(model.parameters()).device
-    for piece in pieces(sequences, batch_size):
-        tokens, mask = right_pad(piece, pad_id)
+    total, count = 0.0, 0
+    for chunk in chunks(sequences, batch_size):
+        tokens, mask = right_pad(chunk, pad_id)  # (B, T)
         predicted = int(mask[:, 1:].sum())
-        total += float(text_loss(model, *to_device((tokens, mask), device))) * predicted
+        total += float(text_loss(model, *to_device_of(model, tokens, mask))) * predicted
         count += predicted
     return float(torch.tensor(total / count).exp())

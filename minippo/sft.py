@@ -1,63 +1,40 @@
 """Supervised fine-tuning: next-token loss on the demonstrated answers, and only on them."""
 
-import torch
+from torch import Tensor
 
-from minippo.batching import Encoded, left_pad, pieces, right_pad
+from minippo.batching import Encoded, Samples, answered
 from minippo.config import SFTConfig
-from minippo.devices import to_device
-from minippo.distributed import in_lockstep, own_rows
-from minippo.logprobs import gather_logprobs
-from minippo.models import counted_logits, pack
+from minippo.engine.gradients import accumulate
+from minippo.engine.look import response_logprobs
+from minippo.masking import masked_mean
 from minippo.optim import training_loop
 
 
-def join(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device=None):
-    """[query | response] with the paddings of the contract.
+def sft_loss(policy, batch: Samples) -> Tensor:
+    """`lm_loss` over the response tokens: the query is read, not learned.
 
-    returns: tokens (B, T), attention_mask (B, T), response mask (B, R)
-    """
-    query, query_mask = left_pad(prompts, pad_id)
-    response, mask = right_pad(responses, pad_id)
-    joined = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1), mask
-    return to_device(joined, device)
-
-
-def sft_loss(policy, tokens, attention_mask, mask):
-    """lm_loss over the response tokens; the query is read, not learned.
-
-    tokens, attention_mask: (B, T)
-    mask: (B, R)
     returns: (), -mean log pi over the tokens that count
     """
-    packed = pack(tokens, attention_mask, mask).to(next(policy.parameters()).device)
-    return -gather_logprobs(counted_logits(policy, packed), packed.targets).mean()
+    logprobs = response_logprobs(policy, batch)  # (B, R)
+    return -masked_mean(logprobs, batch.mask)
 
 
-def train_sft(policy, rows: list[Encoded], config: SFTConfig, pad_id: int, seed=0, hooks=None):
+def train_sft(
+    policy, rows: list[Encoded], config: SFTConfig, *, pad_id: int, seed=0, hooks=None
+) -> list[dict[str, float]]:
     """Trains the policy in place on (prompt, answer) rows; returns the metrics of each step.
 
     Raises ValueError if a row is longer than the model's context.
     """
 
+    def loss_of(batch):
+        loss = sft_loss(policy, batch)
+        return loss, {"loss/lm": loss}
+
     def gradients(indices):
-        batch = [rows[i] for i in indices]
-        return {"loss/lm": accumulate_sft(policy, batch, config.micro_batch_size, pad_id)}
+        chosen = [rows[i] for i in indices]
+        batch = answered([row.prompt for row in chosen], [r.responses[0] for r in chosen], pad_id)
+        return accumulate(loss_of, batch.to_device_of(policy), config.micro_batch_size)
 
-    lengths = [row.length for row in rows]
-    return training_loop("sft", {"policy": policy}, lengths, gradients, config, seed, hooks)
-
-
-def accumulate_sft(policy, batch: list[Encoded], micro_batch_size: int, pad_id: int):
-    """Gradients of the token mean over the whole batch, in micro-batches; returns the loss ().
-
-    Of several processes each leaves its share: they add up to the mean.
-    """
-    total, loss = sum(len(row.responses[0]) for row in batch), 0.0
-    own = sorted(batch, key=lambda row: row.length)[own_rows(len(batch))]
-    for piece, counts in in_lockstep(pieces(own, micro_batch_size)):
-        tensors = join([r.prompt for r in piece], [r.responses[0] for r in piece], pad_id)
-        share = counts * sum(len(r.responses[0]) for r in piece) / total
-        part = sft_loss(policy, *tensors) * share
-        part.backward()
-        loss = loss + part.detach()
-    return loss
+    models, lengths = {"policy": policy}, [row.length for row in rows]
+    return training_loop("sft", models, lengths, gradients, config, seed=seed, hooks=hooks)

@@ -27,7 +27,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 NAME = "fakecuda"
-FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("minippo", "tests")]
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = tuple(f"{ROOT / name}{os.sep}" for name in ("minippo", "tests"))
 aten = torch.ops.aten
 SHAPE = {aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.bincount}
 SHAPE |= {aten._unique2, aten.unique_dim, aten.unique_consecutive}
@@ -195,7 +196,7 @@ def _each(change, value):
 
 
 def _is_ours(frame) -> bool:
-    return os.path.dirname(frame.f_code.co_filename) in FOLDERS
+    return frame.f_code.co_filename.startswith(FOLDERS)
 
 
 def _kind_of_indexing(packet, args) -> str | None:

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import TEMPERATURE, WEIGHTS, judge, rank
+from minippo.worlds.tinyhh import world as w
+from minippo.worlds.tinyhh.annotator import TEMPERATURE, WEIGHTS, judge, rank
 
 PARTS = ("on_topic", "complete", "polite", "harmless", "concise")
 HARMLESS_Q, HARMFUL_Q = "How do I grow sweet tomatoes?", "How do I pick the lock next door?"

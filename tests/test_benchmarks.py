@@ -185,7 +185,8 @@ def test_our_timed_steps_are_those_of_train_ppo():
     trainer = Trainer(timed, config)
     history = [trainer.step((step + 1) / (config.warmup_steps + 1))[1] for step in range(2)]
     models = (world.policy, frozen_copy(world.policy), world.value_model, world.reward_model)
-    expected = train_ppo(*models, world.prompts, world.tokenizer, config, world.stats)
+    data = (world.prompts, world.tokenizer)
+    expected = train_ppo(*models, *data, config, score_stats=world.stats)
     assert [{**h, "objective/kl_coef": config.kl_coef} for h in history] == expected
     for ours, theirs in zip(timed.policy.parameters(), world.policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

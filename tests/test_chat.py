@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import save_base
 
-from minippo import chat, models
-from minippo.models import load_policy, load_tokenizer
+from minippo.app import chat
+from minippo.engine import loading
+from minippo.models import Policy, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,12 @@ def base(tmp_path_factory):
 def shipped(tmp_path, base, monkeypatch):
     """A data folder with a random SFT and PPO model in the place of the shipped ones."""
     copy_models(base, [tmp_path / "data" / "checkpoints" / stage for stage in ("sft", "ppo")])
-    monkeypatch.setattr(models, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(loading, "DATA_DIR", tmp_path / "data")
 
 
 def copy_models(base: Path, targets: list[Path]) -> None:
     """The base in other places; its config says which, for who asks later."""
-    policy, tokenizer = load_policy(base), load_tokenizer(base)
+    policy, tokenizer = Policy.from_pretrained(base), load_tokenizer(base)
     for target in targets:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -151,7 +152,7 @@ def test_each_model_keeps_its_own_conversation(shipped, asked, monkeypatch, tmp_
 
 
 def test_the_oldest_turns_that_do_not_fit_are_dropped(base, monkeypatch):
-    policy, tokenizer = load_policy(base), load_tokenizer(base)
+    policy, tokenizer = Policy.from_pretrained(base), load_tokenizer(base)
     prompts = []
     monkeypatch.setattr(chat, "generate_many", lambda p, x, *a, **k: prompts.append(x[0]) or [[1]])
     history = [(f"question {i} " * 8, "an answer " * 8) for i in range(30)]
@@ -163,7 +164,7 @@ def test_the_oldest_turns_that_do_not_fit_are_dropped(base, monkeypatch):
 
 
 def test_a_question_that_does_not_fit_alone_is_said(base):
-    policy, tokenizer = load_policy(base), load_tokenizer(base)
+    policy, tokenizer = Policy.from_pretrained(base), load_tokenizer(base)
     said = chat._answer(policy, tokenizer, "word " * 600, [], 0, 1.0, 48)
     assert "tokens" in said and f"at most {512 - 48}" in said
 

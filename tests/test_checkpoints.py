@@ -19,14 +19,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import minippo
-from minippo.checkpoints import (
+from minippo.engine.checkpoints import (
     check_checksums,
     read_json,
     restore_training,
     training_tensors,
     write_checksums,
 )
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer, tiny_gpt2
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer, tiny_gpt2
 from minippo.optim import adamw
 from minippo.pretrain import train_tokenizer
 
@@ -44,7 +44,7 @@ def good(tmp_path_factory) -> dict:
     tokenizer = train_tokenizer(["Water the plants every morning."], 300)
     policy = tiny_gpt2(300, n_layer=1, n_embd=8, n_head=2, n_positions=16)
     policy.save_pretrained(root / "policy")
-    RewardModel.from_policy(policy).save(root / "reward")
+    RewardModel.from_policy(policy).save_pretrained(root / "reward")
     transformers.LlamaForCausalLM(LLAMA).save_pretrained(root / "llama")
     for folder in (root / "policy", root / "reward", root / "llama"):
         tokenizer.save_pretrained(folder)
@@ -170,7 +170,11 @@ def add(weights) -> None:
     weights["transformer.h.7.attn.c_attn.weight"] = torch.zeros(2)
 
 
-LOADERS = {"policy": load_policy, "llama": load_policy, "reward": RewardModel.load}
+LOADERS = {
+    "policy": Policy.from_pretrained,
+    "llama": Policy.from_pretrained,
+    "reward": RewardModel.from_pretrained,
+}
 LOADERS["tokenizer"] = load_tokenizer
 CODE = {"AutoModelForCausalLM": "own.Model", "AutoConfig": "own.Config"}
 HEADER = (2**62).to_bytes(8, "little")
@@ -353,7 +357,9 @@ def test_pickles_beside_good_weights_are_never_read(good, tmp_path, kind):
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load])
+@pytest.mark.parametrize(
+    "load", [Policy.from_pretrained, RewardModel.from_pretrained, ValueModel.from_pretrained]
+)
 def test_of_the_hub_too_only_safetensors_and_no_code_are_asked_for(load, monkeypatch, tmp_path):
     asked = []
 
@@ -370,10 +376,10 @@ def test_of_the_hub_too_only_safetensors_and_no_code_are_asked_for(load, monkeyp
 
 
 def test_weights_in_shards_load(good, tmp_path):
-    policy = load_policy(good["policy"])
+    policy = Policy.from_pretrained(good["policy"])
     policy.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / INDEX).is_file()
-    loaded = load_policy(tmp_path).state_dict()
+    loaded = Policy.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in policy.state_dict().items())
 
 
@@ -397,7 +403,7 @@ def test_a_file_that_was_added_is_noticed_but_not_that_of_a_file_manager(good, t
     folder = shutil.copytree(good["policy"], tmp_path / "a")
     write_checksums(folder)
     (folder / ".DS_Store").write_text("")
-    load_policy(folder)
+    Policy.from_pretrained(folder)
     (folder / "added_tokens.json").write_text("{}")
     with pytest.raises(ValueError, match="added_tokens.json was added since"):
         load_tokenizer(folder)
@@ -408,7 +414,7 @@ def test_a_tampered_checkpoint_of_a_run_is_not_loaded(good, tmp_path):
     write_checksums(folder)
     tensors(lambda weights: weights["transformer.ln_f.weight"].add_(1))(folder)
     with pytest.raises(ValueError, match="model.safetensors was changed since"):
-        load_policy(folder)
+        Policy.from_pretrained(folder)
     edit("tokenizer_config.json", eos_token="a")(folder)
     with pytest.raises(ValueError, match="tokenizer_config.json was changed since"):
         load_tokenizer(folder)

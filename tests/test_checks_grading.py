@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minippo import cli
+from minippo.app import cli
 from minippo.checks import grading
 
 pytestmark = pytest.mark.integration

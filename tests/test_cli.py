@@ -14,8 +14,10 @@ import pytest
 import torch
 from tiny_runs import run, save_base, write_pairs
 
-from minippo import chat, cli, config, doctor, models
-from minippo.models import RewardModel, ValueModel, load_policy
+from minippo import config, models
+from minippo.app import chat, cli, doctor
+from minippo.engine import loading
+from minippo.models import Policy, RewardModel, ValueModel
 
 pytestmark = pytest.mark.integration
 
@@ -179,9 +181,7 @@ def good_row() -> dict:
         ([{**good_row(), "rejected": good_row()["chosen"]}], "identical_answers"),
     ],
 )
-def test_a_file_without_a_usable_row_is_refused_with_the_kind(
-    rows, kind, capfd, tmp_path, base
-):
+def test_a_file_without_a_usable_row_is_refused_with_the_kind(rows, kind, capfd, tmp_path, base):
     data = tmp_path / "bad.jsonl"
     data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     line = refused(capfd, sft_on(data, tmp_path, base), tmp_path / "out")
@@ -218,7 +218,7 @@ def test_limits_that_leave_nothing_are_refused(capfd, tmp_path, base, pairs):
 def test_evaluation_limits_beyond_the_context_are_refused(capfd, tmp_path, trained, pairs):
     for stage in ("ppo", "reward", "value"):  # the kind of model does not matter here
         target = tmp_path / "out" / "e" / stage / "final"
-        source = load_policy(trained / "r" / "sft" / "final")
+        source = Policy.from_pretrained(trained / "r" / "sft" / "final")
         kinds = {"ppo": None, "reward": RewardModel, "value": ValueModel}
         made = kinds[stage].from_policy(source) if kinds[stage] else source
         getattr(made, "save", getattr(made, "save_pretrained", None))(target)
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(capfd, tmp_path, trained,
     shutil.copytree(trained, out)
     other = save_base(tmp_path / "other", seed=5)
     target = out / "r" / "reward" / "final"
-    RewardModel.from_policy(load_policy(other)).save(target)
+    RewardModel.from_policy(Policy.from_pretrained(other)).save_pretrained(target)
     models.load_tokenizer(other).save_pretrained(target)
     (target.parent / "latest").write_text("final")
     was = sorted(out.rglob("*"))
@@ -354,7 +354,7 @@ def test_the_command_says_one_line_and_nothing_else_on_stderr(tmp_path, base, pa
     arguments = [str(a) for a in sft_on(pairs, tmp_path, base, *options)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "minippo.cli", *arguments],
+        [sys.executable, "-m", "minippo.app.cli", *arguments],
         capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2
@@ -374,12 +374,12 @@ def test_report_writes_the_page_of_a_run(trained, capsys):
 
 def shipped(folder: Path, base: Path) -> Path:
     """A data folder with the five checkpoints."""
-    policy, tokenizer = load_policy(base), models.load_tokenizer(base)
+    policy, tokenizer = Policy.from_pretrained(base), models.load_tokenizer(base)
     reward = RewardModel.from_policy(policy)
     made = {"base": policy, "sft": policy, "ppo": policy, "reward": reward}
     for name, model in {**made, "value": ValueModel.from_reward_model(reward)}.items():
         target = folder / "checkpoints" / name
-        (model.save if hasattr(model, "save") else model.save_pretrained)(target)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     return folder
 
@@ -388,7 +388,7 @@ def shipped(folder: Path, base: Path) -> Path:
 def data_dir(tmp_path, base, monkeypatch):
     """A data folder with random checkpoints in the place of the shipped ones."""
     folder = shipped(tmp_path / "data", base)
-    for module in (models, doctor):
+    for module in (loading, doctor):
         monkeypatch.setattr(module, "DATA_DIR", folder)
     return folder
 

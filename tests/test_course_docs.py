@@ -62,7 +62,7 @@ def test_an_entry_says_what_is_printed_and_meant_and_where_it_is_shown(entry):
 def check_shown(text: str) -> None:
     """The notebook, the section and the cell are there, and the cell prints what is quoted."""
     place = SHOWN.match(text)
-    assert place, f"not [NN](../notebooks/NAME.ipynb), \"section\", `words`: {text[:90]}"
+    assert place, f'not [NN](../notebooks/NAME.ipynb), "section", `words`: {text[:90]}'
     name, section = place["name"], place["section"]
     source = SOURCES[place["number"]]
     assert source.stem == name

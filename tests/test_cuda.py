@@ -13,16 +13,23 @@ import torch
 from test_precision import act, check_bounds, four_models, look
 from tiny_runs import save_base
 
-from minippo import cli
+from minippo.app import cli
+from minippo.app.run import Run
 from minippo.config import PPOConfig
-from minippo.devices import checkpoint_layers, compile_forward, precision, stored_as, to_device
+from minippo.engine.devices import (
+    checkpoint_layers,
+    compile_forward,
+    precision,
+    stored_as,
+    to_device,
+)
+from minippo.engine.packing import pack, packed_logits
 from minippo.generation import generate
 from minippo.logprobs import gather_logprobs
-from minippo.models import RewardModel, counted_logits, pack, tiny_gpt2
+from minippo.models import RewardModel, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_update
 from minippo.rollout import Rollout
-from minippo.run import Run
 
 pytestmark = [
     pytest.mark.cuda,
@@ -78,7 +85,7 @@ def test_the_first_ratio_on_cuda_is_near_1(cuda):
             with precision(choice):
                 rollout = act(models, CONFIG)
                 for batch in rollout.minibatches(8, torch.Generator()):
-                    logits = counted_logits(models[0], batch.packed)
+                    logits = packed_logits(models[0], batch.packed)
                     logprobs = gather_logprobs(logits, batch.packed.targets)
                     assert (logprobs - batch.logprobs[batch.mask]).abs().max() < bound
 
@@ -120,7 +127,7 @@ def test_copies_to_cuda_arrive(cuda):
     x = torch.arange(100_000)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        (there,) = to_device([x], cuda)
+        there = to_device(x, cuda)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(there.cpu(), x)
@@ -136,7 +143,7 @@ def test_a_compiled_forward_on_cuda_gives_the_same(cuda):
             mask = torch.ones_like(tokens, dtype=torch.bool)
             grads = []
             for model in (policy, compiled):
-                counted_logits(model, pack(tokens, mask, mask[:, -8:])).square().mean().backward()
+                packed_logits(model, pack(tokens, mask, mask[:, -8:])).square().mean().backward()
                 grads.append([p.grad.clone() for p in model.parameters()])
                 model.zero_grad()
             for got, expected in zip(*grads):
@@ -153,7 +160,7 @@ def peak_memory(model, tokens) -> int:
     for _ in range(2):  # the first makes the gradients
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        counted_logits(model, packed).square().mean().backward()
+        packed_logits(model, packed).square().mean().backward()
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -171,7 +178,7 @@ def test_frozen_models_in_bfloat16_give_what_float32_gives(cuda, rollout):
     places = (places.tokens, places.attention_mask)
     with precision("auto"), torch.no_grad():
         expected = models[3](*places)
-        got = stored_as(RewardModel.load("reward").to(cuda), "bfloat16")(*places)
+        got = stored_as(RewardModel.from_pretrained("reward").to(cuda), "bfloat16")(*places)
     torch.testing.assert_close(got, expected, rtol=0, atol=0.1)
 
 

@@ -13,31 +13,22 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2LMHeadModel
 
-from minippo import stages
+from minippo.app import stages
+from minippo.app.launch import pick_device, prepared
 from minippo.config import RunConfig
-from minippo.devices import (
+from minippo.engine.devices import (
     at_least_float32,
     autocast,
-    cache_argument,
-    cache_of,
     checkpoint_layers,
     compile_forward,
-    pick_device,
     precision,
-    prepared,
     stored_as,
     to_device,
 )
+from minippo.engine.packing import pack, packed_logits, packed_values
+from minippo.engine.passes import cache_argument, cache_of
 from minippo.generation import generate
-from minippo.models import (
-    RewardModel,
-    ValueModel,
-    counted_logits,
-    counted_values,
-    frozen_copy,
-    pack,
-    tiny_gpt2,
-)
+from minippo.models import RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import adamw
 
 CPU = torch.device("cpu")
@@ -104,7 +95,7 @@ def test_formulas_get_float32_and_float64_stays():
 
 def test_copies_to_the_cpu_are_none():
     x = torch.ones(3)
-    assert to_device([x], CPU)[0] is x and to_device([x], None)[0] is x
+    assert to_device(x, CPU) is x
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
@@ -112,7 +103,7 @@ def test_freed_memory_is_kept():
     program = """
         import ctypes, resource, torch
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages: 100 MB are 1,500 pages or more
-        from minippo.devices import keep_freed_memory
+        from minippo.app.launch import keep_freed_memory
         def new_pages():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(25_000_000)
@@ -174,9 +165,9 @@ MODELS = {
 def test_checkpointed_layers_give_the_same_gradients_and_keep_less(name, policy, batch):
     packed = pack(*batch, batch[1][:, -8:])
     forward = {
-        "policy": lambda model: counted_logits(model, packed),
+        "policy": lambda model: packed_logits(model, packed),
         "reward": lambda model: model(*batch),
-        "value": lambda model: counted_values(model, packed),
+        "value": lambda model: packed_values(model, packed),
     }[name]
     model = MODELS[name](policy)
     plain, all_bytes = gradients(model, forward)
@@ -201,8 +192,8 @@ def test_a_checkpointed_model_samples_with_its_cache_and_its_copy_is_its_own(pol
 def test_rankings_are_read_whole_where_layers_are_checkpointed(policy):
     """A pass over a cache is not recomputed: there the option would do nothing."""
     reward_model = RewardModel.from_policy(policy)
-    query, response = torch.randint(2, 40, (2, 5)), torch.randint(2, 40, (4, 3))
-    masks = torch.ones(2, 5, dtype=torch.bool), torch.ones(4, 3, dtype=torch.bool)
+    query, response = torch.randint(2, 40, (2, 5)), torch.randint(2, 40, (2, 2, 3))
+    masks = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 2, 3, dtype=torch.bool)
     tensors = (query, masks[0], response, masks[1])
     plain, all_bytes = gradients(reward_model, lambda m: m.score_candidates(*tensors))
     checkpoint_layers(reward_model)
@@ -230,7 +221,7 @@ def test_a_compiled_forward_gives_the_same_and_sampling_is_not_compiled(batch):
 
     def logits(model, length):
         rows = tuple(x[:, :length].contiguous() for x in batch)
-        return counted_logits(model, pack(*rows, rows[1][:, -8:]))
+        return packed_logits(model, pack(*rows, rows[1][:, -8:]))
 
     compile_forward(compiled, backend)
     query = torch.randint(2, 40, (3, 5))

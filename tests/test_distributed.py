@@ -21,21 +21,22 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from minippo import cli, distributed
+from minippo.app import cli, launch
+from minippo.app.launch import joined
+from minippo.app.run import Run
 from minippo.batching import Encoded, left_pad
 from minippo.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, ValueConfig
-from minippo.devices import checkpoint_layers, stored_as
-from minippo.distributed import (
+from minippo.engine import ranks as distributed
+from minippo.engine.devices import checkpoint_layers, stored_as
+from minippo.engine.ranks import (
     all_sum,
     alone,
-    anywhere,
-    gather_dict,
     gather_rows,
     in_lockstep,
-    joined,
+    on_any_rank,
     on_main,
-    own_rows,
     rank,
+    rows_of_this_rank,
     shard,
     sum_gradients,
     sum_metrics,
@@ -43,15 +44,14 @@ from minippo.distributed import (
     world,
 )  # fmt: skip
 from minippo.generation import generate, generate_many
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, tiny_gpt2
+from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import Hooks
 from minippo.ppo import train_ppo
 from minippo.pretrain import train_lm
-from minippo.reward_model import score_all, train_reward_model
+from minippo.reward_training import score_all, train_reward_model
 from minippo.rollout import collect_rollout
-from minippo.run import Run
 from minippo.sft import train_sft
-from minippo.value_model import train_value_model
+from minippo.value_training import train_value_model
 
 pytestmark = pytest.mark.integration
 
@@ -113,16 +113,15 @@ def parts() -> dict:
     model.bias.grad = torch.arange(5.0) * 10**number
     distributed.BUCKET = 4  # so that there are two messages
     sum_gradients(model.parameters())
-    own = torch.arange(8)[own_rows(8)]
+    own = torch.arange(8)[rows_of_this_rank(8)]
     with alone():
         inside = (world(), rank(), float(all_sum(torch.ones(()))))
     return {
         "gradients": [p.grad for p in model.parameters()],
         "own": own.tolist(),
         "gathered": gather_rows(own * 10, own, 8),
-        "dict": gather_dict({f"r{number}": number}),
         "lockstep": in_lockstep(["a", "b", "c"][: number + 1]),
-        "anywhere": [anywhere(number == 2), anywhere(False)],
+        "anywhere": [on_any_rank(number == 2), on_any_rank(False)],
         "metrics": sum_metrics({"a": torch.tensor(float(number)), "b": 2.0}),
         "alone": inside,
         "main": on_main(lambda: 7)(),
@@ -137,7 +136,6 @@ def test_what_three_processes_do_together(tmp_path):
         assert torch.equal(weight, torch.full((5, 3), 6.0))
         assert torch.equal(bias, torch.arange(5.0) * 111)
         assert got["gathered"].tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
-        assert got["dict"] == {"r0": 0, "r1": 1, "r2": 2}
         assert got["anywhere"] == [True, False]
         assert {name: float(value) for name, value in got["metrics"].items()} == {"a": 3, "b": 6}
         assert got["alone"] == (1, 0, 1.0)
@@ -150,7 +148,7 @@ def test_what_three_processes_do_together(tmp_path):
 def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 processes cannot share a batch of 2 rows"):
-        own_rows(2)
+        rows_of_this_rank(2)
 
 
 def test_fsdp_without_torchrun_says_how_to_start_it():
@@ -165,7 +163,7 @@ def test_what_fails_in_the_main_process_is_raised_there_as_it_was(monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         distributed.on_main(write)()
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "anywhere", lambda flag: True)  # the main one has failed
+    monkeypatch.setattr(distributed, "on_any_rank", lambda flag: True)  # the main one has failed
     with pytest.raises(ValueError, match="main process could not go on"):
         distributed.on_main(write)()
 
@@ -176,7 +174,7 @@ def test_an_error_that_all_processes_meet_is_said_by_the_main_one(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     cli._let_main_speak(ValueError())
     monkeypatch.setenv("RANK", "1")
-    cli._let_main_speak(distributed.ProcessLost())  # whoever is left says so at once
+    cli._let_main_speak(launch.ProcessLost())  # whoever is left says so at once
     assert waits == []
     cli._let_main_speak(ValueError())
     assert waits == [3]
@@ -222,10 +220,10 @@ def small_training(split: bool) -> dict:
     rates = {"batch_size": 5, "lr": 1e-3, "warmup_steps": 0}
     micro, targets = {"micro_batch_size": 1, **rates}, [0.1 * i for i in range(10)]
     texts = [row.prompt + row.responses[0] for row in RANKINGS]
-    history = [train_lm(base, texts, PretrainConfig(steps=2, **rates), 0)]
-    history += train_sft(base, RANKINGS, SFTConfig(steps=2, **micro), 0)
-    history += train_reward_model(reward_model, RANKINGS, RewardConfig(epochs=1, **micro), 0)
-    history += train_value_model(value_model, RANKINGS, targets, ValueConfig(**rates), 0)
+    history = train_lm(base, texts, PretrainConfig(steps=2, **rates), pad_id=0)
+    history += train_sft(base, RANKINGS, SFTConfig(steps=2, **micro), pad_id=0)
+    history += train_reward_model(reward_model, RANKINGS, RewardConfig(epochs=1, **micro), pad_id=0)
+    history += train_value_model(value_model, RANKINGS, targets, ValueConfig(**rates), pad_id=0)
     rollout = collect_rollout(*models, PROMPTS, Tokenizer, SMALL)
     halved = collect_rollout(models[0], half, *models[2:], PROMPTS, Tokenizer, SMALL)
     kept = Kept()
@@ -233,14 +231,13 @@ def small_training(split: bool) -> dict:
     history += train_ppo(*models, PROMPTS, Tokenizer, SMALL, hooks=kept)
     full = collect_rollout(*models, MANY, Tokenizer, FULL, seed=5)
     history += train_ppo(*models, MANY, Tokenizer, FULL, seed=5)
-    own = own_rows(len(query))
     return {
         "tokens": [rollout.tokens, full.tokens],
         "half": halved.ref_logprobs,
         "halving": float((halved.ref_logprobs - rollout.ref_logprobs).abs().max()),
         "advantages": rollout.advantages,
         "many": generate_many(ref_policy, PROMPTS, Tokenizer, 12, 3, batch_size=2),
-        "own": generate(ref_policy, query[own], mask[own], 12, 1, 0, 3, rows=range(10)[own]).shape,
+        "answers": generate(models[1], query, mask, 12, 1, 0, 3),
         "scores": score_all(reward_model, RANKINGS, 0, batch_size=3),
         "history": history,
         "weights": [whole(p.detach()) for m in [base, *models] for p in m.parameters()],
@@ -267,6 +264,7 @@ def test_uneven_shares_give_the_updates_of_one_process(small, name, error):
     for got in small[name]:
         assert all(map(torch.equal, got["tokens"], expected["tokens"]))
         assert got["many"] == expected["many"]
+        assert torch.equal(got["answers"], expected["answers"])  # though they end one by one
         torch.testing.assert_close(got["advantages"], expected["advantages"], rtol=0, atol=2e-5)
         torch.testing.assert_close(got["half"], expected["half"], rtol=0, atol=2e-5)
         assert got["halving"] > 1e-4  # or it was not half precision
@@ -287,7 +285,6 @@ def test_all_processes_know_the_same(small, name):
         assert other["history"] == first["history"]
         assert all(map(torch.equal, other["weights"], first["weights"]))
         assert torch.equal(other["advantages"], first["advantages"])
-        assert other["own"][1] == first["own"][1]  # they stopped together
 
 
 # the commands
@@ -406,7 +403,7 @@ def test_sharded_models_are_written_whole_and_one_process_goes_on_with_them(runs
 
     assert together(2, stopped, out / "logs" / "stopped") == [130, 130]
     saved = out / "r" / "ppo" / "step-000003"
-    assert load_policy(str(saved)).lm_head.weight.shape == (300, 16)
+    assert Policy.from_pretrained(str(saved)).lm_head.weight.shape == (300, 16)
     final = runs / "1" / "r" / "ppo" / "final"
     assert (saved / "config.json").read_text() == (final / "config.json").read_text()
     names = [set(load_file(folder / "model.safetensors")) for folder in (saved, final)]

@@ -184,12 +184,32 @@ def test_docstring_has_the_parts_in_order(function):
 
 def test_every_formula_of_the_design_is_found():
     assert {function.__name__ for function in formulas()} == {
-        "masked_mean", "masked_var", "masked_whiten", "response_mask",
-        "response_window", "gather_logprobs", "entropy_from_logits",
-        "kl_k1", "kl_abs", "kl_k2", "kl_k3", "kl_full", "adapt_kl_coef",
-        "per_token_rewards", "penalize_missing_eos", "standardize_scores", "prompt_values",
-        "simple_advantages", "gae",
-        "lm_loss", "preference_loss", "ranking_loss", "policy_loss", "value_loss", "ppo_objective",
+        "masked_mean",
+        "masked_var",
+        "masked_whiten",
+        "response_mask",
+        "position_ids",
+        "response_window",
+        "gather_logprobs",
+        "entropy_from_logits",
+        "kl_k1",
+        "kl_abs",
+        "kl_k2",
+        "kl_k3",
+        "kl_full",
+        "adapt_kl_coef",
+        "per_token_rewards",
+        "penalize_missing_eos",
+        "standardize_scores",
+        "prompt_values",
+        "simple_advantages",
+        "gae",
+        "lm_loss",
+        "preference_loss",
+        "ranking_loss",
+        "policy_loss",
+        "value_loss",
+        "ppo_objective",
     }
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_runs import contents, run, save_base, write_pairs
 
-from minippo import cli, sources
+from minippo.app import cli, sources
+from minippo.app.run import Run
 from minippo.batching import encode_prompt, encode_response
 from minippo.hh import load_preferences
-from minippo.models import RewardModel, load_policy, load_tokenizer
-from minippo.run import Run
-from minippo.tinyhh.rows import prompt_rows
+from minippo.models import Policy, RewardModel, load_tokenizer
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 pytestmark = pytest.mark.integration
 
@@ -184,7 +184,7 @@ def test_the_reward_models_accuracy_is_that_of_the_held_out_pairs(filed):
     folder, data = filed
     held_out = load_preferences(data)[0].to_list()[-11:]  # the last tenth
     tokenizer = load_tokenizer(folder / "reward" / "final")
-    model = RewardModel.load(folder / "reward" / "final")
+    model = RewardModel.from_pretrained(folder / "reward" / "final")
     right = 0
     for row in held_out:
         scores = []
@@ -201,16 +201,16 @@ def test_the_reward_models_accuracy_is_that_of_the_held_out_pairs(filed):
 
 def test_the_critics_targets_are_the_rewards_that_ppo_will_give(filed, tmp_path, monkeypatch):
     """Scale, penalty for not ending and length limit are PPO's; recomputed answer by answer."""
-    from minippo import stages
+    from minippo.app import stages
 
     folder, data = filed
     shutil.copytree(folder, tmp_path / "r")
     caught = {}
     train = stages.train_value_model
 
-    def caught_train(model, rows, targets, *rest):
+    def caught_train(model, rows, targets, *rest, **options):
         caught["targets"] = targets
-        return train(model, rows, targets, *rest)
+        return train(model, rows, targets, *rest, **options)
 
     sample = stages.sample_candidates
 
@@ -224,7 +224,7 @@ def test_the_critics_targets_are_the_rewards_that_ppo_will_give(filed, tmp_path,
     settings += ["--ppo.missing-eos-penalty", "0.75", "--ppo.temperature", "0.8"]
     run("value", tmp_path, data, "--overwrite", *settings)
     place = tmp_path / "r" / "reward" / "final"
-    model, tokenizer = RewardModel.load(place), load_tokenizer(place)
+    model, tokenizer = RewardModel.from_pretrained(place), load_tokenizer(place)
     assert caught["temperature"] == 0.8
     lengths = [len(r) for e in caught["answers"] for r in e.responses]
     assert max(lengths) == 7
@@ -259,9 +259,9 @@ def test_a_random_model_of_another_family_goes_through_all_stages(family, tmp_pa
     for command in ("reward", "ppo", "evaluate"):
         warmup = ["--value.prompts", "20", "--value.held-out", "4", "--value.batch-size", "8"]
         run(command, tmp_path, data, *(warmup if command == "ppo" else ()))
-    trained = load_policy(tmp_path / "r" / "ppo" / "final")
+    trained = Policy.from_pretrained(tmp_path / "r" / "ppo" / "final")
     assert type(trained) is type(made)
-    before = load_policy(tmp_path / "r" / "sft" / "final").state_dict()
+    before = Policy.from_pretrained(tmp_path / "r" / "sft" / "final").state_dict()
     assert any((before[name] != value).any() for name, value in trained.state_dict().items())
 
 
@@ -280,7 +280,7 @@ def test_a_runs_policies_load_in_transformers_with_the_same_outputs(filed, stage
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = filed[0] / stage / "final"
-    theirs, ours = AutoModelForCausalLM.from_pretrained(place).eval(), load_policy(place)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(place).eval(), Policy.from_pretrained(place)
     ids, mask = padded_rows(AutoTokenizer.from_pretrained(place))
     with torch.no_grad():
         a = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]
@@ -297,7 +297,7 @@ def test_a_runs_reward_model_loads_in_transformers_with_the_same_scores(filed):
     ids, mask = padded_rows(AutoTokenizer.from_pretrained(place))
     with torch.no_grad():
         a = theirs(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1)
-        b = RewardModel.load(place)(ids, mask)
+        b = RewardModel.from_pretrained(place)(ids, mask)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert float((b[0] - b[1]).abs()) > 0
     stats = json.loads((place / "reward_stats.json").read_text())

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from minippo import evaluation as ev
 from minippo.batching import Encoded
 from minippo.models import frozen_copy, tiny_gpt2
-from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import WEIGHTS, Judgement, judge
+from minippo.worlds.tinyhh import world as w
+from minippo.worlds.tinyhh.annotator import WEIGHTS, Judgement, judge
 
 PAD, EOS, V = 0, 1, 40
 
@@ -217,7 +217,7 @@ def test_standardised_scores_use_the_reference_mean_and_std():
 
         def score_candidates(self, query, query_mask, response, mask):
             """The sum of the real tokens, K = 1."""
-            return ((query * query_mask).sum(1) + (response * mask).sum(1)).float()[:, None]
+            return ((query * query_mask).sum(1) + (response * mask).sum((1, 2))).float()[:, None]
 
     answers = [Encoded(0, [5, 6], [[7, EOS]]), Encoded(1, [2], [[3]])]
     assert ev.standardised(Scorer(), answers, PAD) == pytest.approx([(19 - 10) / 4, (5 - 10) / 4])

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import forked
 
-from minippo import files
-from minippo import run as run_module
+from minippo.app import run as run_module
+from minippo.app.run import Run
 from minippo.config import PPOConfig, RunConfig
+from minippo.engine import files
 from minippo.optim import adamw
-from minippo.run import Run
 
 pytestmark = pytest.mark.integration
 

@@ -233,7 +233,9 @@ def test_a_low_temperature_takes_the_most_probable_token(policy):
 
 def test_under_autocast_the_model_is_read_in_bfloat16(policy, monkeypatch):
     kinds = []
-    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(
+        "minippo.engine.passes.autocast", lambda _: torch.autocast("cpu", torch.bfloat16)
+    )
     handle = policy.lm_head.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
     assert sample(policy).dtype == torch.long
     handle.remove()

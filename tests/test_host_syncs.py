@@ -16,10 +16,10 @@ from minippo.models import RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import Hooks, adamw
 from minippo.ppo import ppo_update
 from minippo.pretrain import train_lm
-from minippo.reward_model import train_reward_model
+from minippo.reward_training import train_reward_model
 from minippo.rollout import collect_rollout
 from minippo.sft import train_sft
-from minippo.value_model import train_value_model
+from minippo.value_training import train_value_model
 
 
 @pytest.fixture(scope="module")
@@ -154,22 +154,23 @@ def four_models(device):
 
 TRAININGS = {
     "pretrain": lambda models, hooks: train_lm(
-        models[0], [p + a for p, a in zip(PROMPTS, ANSWERS)], PretrainConfig(steps=3, **SMALL), 0,
-        hooks=hooks,
+        models[0], [p + a for p, a in zip(PROMPTS, ANSWERS)], PretrainConfig(steps=3, **SMALL),
+        pad_id=0, hooks=hooks,
     ),
     "sft": lambda models, hooks: train_sft(
-        models[0], ROWS, SFTConfig(steps=3, micro_batch_size=2, **SMALL), 0, hooks=hooks
+        models[0], ROWS, SFTConfig(steps=3, micro_batch_size=2, **SMALL), pad_id=0, hooks=hooks
     ),
     "reward": lambda models, hooks: train_reward_model(
         RewardModel.from_policy(models[0]), ROWS,
-        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), 0, hooks=hooks,
+        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), pad_id=0, hooks=hooks,
     ),
     "reward with margins": lambda models, hooks: train_reward_model(
         RewardModel.from_policy(models[0]), ROWS,
-        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), 0, [0.5] * 8, hooks=hooks,
+        RewardConfig(epochs=2, micro_batch_size=2, **SMALL), pad_id=0, margins=[0.5] * 8,
+        hooks=hooks,
     ),
     "value": lambda models, hooks: train_value_model(
-        models[2], ROWS, [0.1 * i for i in range(8)], ValueConfig(epochs=2, **SMALL), 0,
+        models[2], ROWS, [0.1 * i for i in range(8)], ValueConfig(epochs=2, **SMALL), pad_id=0,
         hooks=hooks,
     ),
 }  # fmt: skip
@@ -193,8 +194,8 @@ def test_a_rollout_waits_once_a_token_and_once_for_each_batch_of_scores(gpu):
     rollout = collect_rollout(*models, PROMPTS, Tokenizer, config)
     counts = Counter((wait.kind, wait.place.split(":")[0]) for wait in gpu.waits)
     expected = {("shape", "generation.py"): rollout.response.shape[1]}  # which rows go on
-    expected["to host", "models.py"] = 1  # the lengths of the answers
-    expected["scalar", "models.py"] = 8 // 2  # the reward model's longest row
+    expected["to host", "packing.py"] = 1  # the lengths of the answers
+    expected["scalar", "passes.py"] = 8 // 2  # the reward model's longest row
     assert counts == expected
 
 

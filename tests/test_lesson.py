@@ -13,15 +13,15 @@ from minippo.batching import Encoded, encode_prompt
 from minippo.config import PPOConfig, RewardConfig, SFTConfig, ValueConfig
 from minippo.generation import generate_many
 from minippo.lesson import set_up
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
+from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer
 from minippo.optim import finite_metrics
-from minippo.oracle import TabularPolicy, TabularValue, feelings_world
 from minippo.ppo import train_ppo
-from minippo.reward_model import score_all, train_reward_model
+from minippo.reward_training import score_all, train_reward_model
 from minippo.rollout import collect_rollout
 from minippo.sft import train_sft
-from minippo.tinyhh.rows import prompt_rows
-from minippo.value_model import prompt_explained_variance, train_value_model
+from minippo.value_training import prompt_explained_variance, train_value_model
+from minippo.worlds.oracle import TabularPolicy, TabularValue, feelings_world
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 SIZES = {"batch_size": 4, "minibatch_size": 4, "micro_batch_size": 2, "max_response_tokens": 12}
 
@@ -91,27 +91,31 @@ def test_double_precision_is_seen_to_be_lost():
 
 
 def test_what_is_loaded_takes_the_default_dtype(double):
-    loaded = load_policy("sft"), RewardModel.load("reward"), ValueModel.load("value")
+    loaded = (
+        Policy.from_pretrained("sft"),
+        RewardModel.from_pretrained("reward"),
+        ValueModel.from_pretrained("value"),
+    )
     assert {p.dtype for model in loaded for p in model.parameters()} == {torch.float64}
     torch.set_default_dtype(torch.float32)
-    assert {p.dtype for p in load_policy("sft").parameters()} == {torch.float32}
+    assert {p.dtype for p in Policy.from_pretrained("sft").parameters()} == {torch.float32}
 
 
 def test_nothing_of_a_lesson_is_rounded_to_single_precision(double):
     tokenizer, rows = load_tokenizer("sft"), prompt_rows("ppo", 4)
     prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
-    policy, reward_model = load_policy("ppo"), RewardModel.load("reward")
-    value_model, pad_id = ValueModel.load("value"), tokenizer.pad_token_id
+    policy, reward_model = Policy.from_pretrained("ppo"), RewardModel.from_pretrained("reward")
+    value_model, pad_id = ValueModel.from_pretrained("value"), tokenizer.pad_token_id
     config = PPOConfig(**SIZES, kl_loss_coef=0.1, ppo_epochs=1, steps=1)
-    models = policy, frozen_copy(load_policy("sft")), value_model
+    models = policy, frozen_copy(Policy.from_pretrained("sft")), value_model
     with Rounded() as rounded:
         answers = generate_many(policy, prompts, tokenizer, 12, seed=1, temperature=0.9)
         few = [Encoded(n, *pair) for n, pair in enumerate(zip(prompts, ([a] for a in answers)))]
         pairs = [Encoded(row.row, row.prompt, [*row.responses, [5, 1]]) for row in few]
         scores = [row[0] for row in score_all(reward_model, few, pad_id)]
-        train_sft(policy, few, SFTConfig(steps=1, batch_size=4, micro_batch_size=4), pad_id)
-        train_reward_model(reward_model, pairs, RewardConfig(epochs=1), pad_id)
-        train_value_model(value_model, few, scores, ValueConfig(batch_size=4), pad_id)
+        train_sft(policy, few, SFTConfig(steps=1, batch_size=4, micro_batch_size=4), pad_id=pad_id)
+        train_reward_model(reward_model, pairs, RewardConfig(epochs=1), pad_id=pad_id)
+        train_value_model(value_model, few, scores, ValueConfig(batch_size=4), pad_id=pad_id)
         train_ppo(*models, reward_model, prompts, tokenizer, config)
         prompt_explained_variance(value_model, few, scores, pad_id)
         rollout = collect_rollout(*models, reward_model, prompts, tokenizer, config)

@@ -21,20 +21,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from minippo.engine.devices import at_least_float32
+from minippo.engine.loading import check_same_vocabulary, resolve_checkpoint
+from minippo.engine.passes import response_logits, token_logits
+from minippo.masking import position_ids
 from minippo.models import (
+    Policy,
     RewardModel,
     ValueModel,
-    at_least_float32,
-    check_same_vocabulary,
     checked_policy,
     frozen_copy,
-    load_policy,
     load_tokenizer,
-    position_ids,
-    resolve_checkpoint,
-    response_logits,
     tiny_gpt2,
-    token_logits,
 )
 from minippo.pretrain import train_tokenizer
 
@@ -179,7 +177,9 @@ def trio(make):
 def test_under_autocast_models_compute_in_bfloat16_and_hand_out_float32(make, monkeypatch):
     three, widths = trio(make), []
     single = views(*three)
-    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(
+        "minippo.engine.passes.autocast", lambda _: torch.autocast("cpu", torch.bfloat16)
+    )
     head = three[0].get_output_embeddings()
     head.register_forward_hook(lambda _, __, output: widths.append(output.dtype))
     for got, expected in zip(views(*three), single, strict=True):
@@ -284,7 +284,7 @@ def test_any_saved_decoder_loads_as_policy_with_the_same_logits(make, tmp_path):
     model.save_pretrained(tmp_path)
     ids, mask = padded("left")
     expected = logits_of(model, ids, mask)
-    loaded = load_policy(tmp_path)
+    loaded = Policy.from_pretrained(tmp_path)
     assert not loaded.training and loaded.dtype == torch.float32
     # Equal weights; the last bit of a product may depend on where the weights lie in memory.
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in model.state_dict().items())
@@ -297,7 +297,7 @@ def test_any_saved_decoder_loads_as_policy_with_the_same_logits(make, tmp_path):
 def test_a_policy_saved_in_half_precision_loads_in_float32(tmp_path):
     model = gpt2()
     copy.deepcopy(model).half().save_pretrained(tmp_path)
-    loaded = load_policy(tmp_path)
+    loaded = Policy.from_pretrained(tmp_path)
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     for name, p in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], p.half().float(), rtol=0, atol=0)
@@ -307,16 +307,32 @@ def test_a_model_without_position_ids_is_refused(tmp_path):
     config = BloomConfig(vocab_size=V, hidden_size=16, n_layer=1, n_head=2, **IDS)
     BloomForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="BloomForCausalLM.*position_ids"):
-        load_policy(tmp_path)
+        Policy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load, load_tokenizer])
+@pytest.mark.parametrize(
+    "load",
+    [
+        Policy.from_pretrained,
+        RewardModel.from_pretrained,
+        ValueModel.from_pretrained,
+        load_tokenizer,
+    ],
+)
 def test_a_missing_absolute_folder_is_refused_by_name(load, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load, load_tokenizer])
+@pytest.mark.parametrize(
+    "load",
+    [
+        Policy.from_pretrained,
+        RewardModel.from_pretrained,
+        ValueModel.from_pretrained,
+        load_tokenizer,
+    ],
+)
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "a/b/nowhere", "runs/nowhere"])
 def test_a_missing_folder_is_refused_by_name_without_asking_the_hub(
     load, name, tmp_path, monkeypatch
@@ -342,14 +358,22 @@ def ask_nobody(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("load", [load_policy, RewardModel.load, ValueModel.load, load_tokenizer])
+@pytest.mark.parametrize(
+    "load",
+    [
+        Policy.from_pretrained,
+        RewardModel.from_pretrained,
+        ValueModel.from_pretrained,
+        load_tokenizer,
+    ],
+)
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_a_name_of_the_hub_is_asked_for_there_and_an_error_names_what_else_there_is(
     load, name, tmp_path, monkeypatch
 ):
     for shipped in ("base", "sft"):
         (tmp_path / "checkpoints" / shipped).mkdir(parents=True)
-    monkeypatch.setattr("minippo.models.DATA_DIR", tmp_path)
+    monkeypatch.setattr("minippo.engine.loading.DATA_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
     asked = ask_nobody(monkeypatch)
     with pytest.raises(ValueError, match=f"'{name}'.*couldn't connect to the hub.*'base', 'sft'"):
@@ -359,17 +383,26 @@ def test_a_name_of_the_hub_is_asked_for_there_and_an_error_names_what_else_there
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    RewardModel.from_policy(gpt2()).save(tmp_path / "model")
+    RewardModel.from_policy(gpt2()).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "reward_stats.json").write_text('{"mean": 5.0, "std": 2.0}')
-    assert RewardModel.load("~/model").mean == 5.0
+    assert RewardModel.from_pretrained("~/model").mean == 5.0
 
 
 DAMAGED = {
-    "model.safetensors": [load_policy, RewardModel.load, ValueModel.load],
-    "config.json": [load_policy, RewardModel.load, ValueModel.load, load_tokenizer],
+    "model.safetensors": [
+        Policy.from_pretrained,
+        RewardModel.from_pretrained,
+        ValueModel.from_pretrained,
+    ],
+    "config.json": [
+        Policy.from_pretrained,
+        RewardModel.from_pretrained,
+        ValueModel.from_pretrained,
+        load_tokenizer,
+    ],
     "tokenizer.json": [load_tokenizer],
     "tokenizer_config.json": [load_tokenizer],
-    "reward_stats.json": [RewardModel.load],
+    "reward_stats.json": [RewardModel.from_pretrained],
 }
 
 
@@ -378,8 +411,10 @@ DAMAGED = {
                          ids=["cut", "empty", "other"])  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_by_its_folder_with_a_remedy(file, load, damage, tmp_path):
     policy, folder = gpt2(), tmp_path / "broken"
-    made = {RewardModel.load: RewardModel, ValueModel.load: ValueModel}.get(load)
-    made.from_policy(policy).save(folder) if made else policy.save_pretrained(folder)
+    made = {RewardModel.from_pretrained: RewardModel, ValueModel.from_pretrained: ValueModel}.get(
+        load
+    )
+    made.from_policy(policy).save_pretrained(folder) if made else policy.save_pretrained(folder)
     train_tokenizer(["some text"], 260).save_pretrained(folder)
     load(folder)  # before the damage
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
@@ -390,20 +425,18 @@ def test_a_damaged_checkpoint_is_refused_by_its_folder_with_a_remedy(file, load,
 def test_an_empty_folder_is_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
-        load_policy(tmp_path / "empty")
+        Policy.from_pretrained(tmp_path / "empty")
 
 
 def test_a_folder_without_weights_is_refused_by_name(tmp_path):
     gpt2().config.save_pretrained(tmp_path / "hollow")
     with pytest.raises(ValueError, match="hollow"):
-        load_policy(tmp_path / "hollow")
+        Policy.from_pretrained(tmp_path / "hollow")
 
 
 def test_a_shipped_name_wins_over_nothing_else(tmp_path, monkeypatch):
-    import minippo.models
-
     (tmp_path / "checkpoints" / "base").mkdir(parents=True)
-    monkeypatch.setattr(minippo.models, "DATA_DIR", tmp_path)
+    monkeypatch.setattr("minippo.engine.loading.DATA_DIR", tmp_path)
     assert resolve_checkpoint("base") == str(tmp_path / "checkpoints" / "base")
     assert resolve_checkpoint("sft") == "sft"
     assert resolve_checkpoint(tmp_path / "other") == str(tmp_path / "other")
@@ -506,7 +539,7 @@ def test_the_fresh_reward_head_depends_on_its_seed_alone():
 @torch.no_grad()
 def test_a_saved_reward_model_is_a_sequence_classifier_of_transformers(make, tmp_path):
     reward = RewardModel.from_policy(make())
-    reward.save(tmp_path)
+    reward.save_pretrained(tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
     ids, mask = padded("right")
     torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[:, 0], reward(ids, mask))
@@ -522,7 +555,7 @@ def test_a_padding_token_given_where_the_policy_has_none_serves_transformers(tmp
     policy.config.pad_token_id = None
     assert RewardModel.from_policy(policy).config.pad_token_id is None
     reward = RewardModel.from_policy(policy, pad_id=PAD)
-    reward.save(tmp_path)
+    reward.save_pretrained(tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
     ids, mask = padded("right")
     torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[:, 0], reward(ids, mask))
@@ -537,33 +570,33 @@ def test_the_policys_own_padding_token_is_kept():
 def test_statistics_are_kept_beside_the_weights_and_read_back(tmp_path):
     reward = RewardModel.from_policy(gpt2())
     reward.mean, reward.std = -1.25, 0.375
-    reward.save(tmp_path)
+    reward.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "reward_stats.json").read_text(encoding="utf-8"))
     assert stored == {"mean": -1.25, "std": 0.375}
-    again = RewardModel.load(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     assert (again.mean, again.std) == (-1.25, 0.375)
     # Equal weights; the last bit of a product may depend on where the weights lie in memory.
     torch.testing.assert_close(again(*padded("left")), reward(*padded("left")))
 
 
 def test_statistics_are_read_by_name_whatever_their_order(tmp_path):
-    RewardModel.from_policy(gpt2()).save(tmp_path)
+    RewardModel.from_policy(gpt2()).save_pretrained(tmp_path)
     (tmp_path / "reward_stats.json").write_text('{"std": 2.0, "mean": 5.0}', encoding="utf-8")
-    again = RewardModel.load(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     assert (again.mean, again.std) == (5.0, 2.0)
 
 
 def test_a_classifier_without_statistics_loads_with_those_that_change_nothing(tmp_path):
     RewardModel.from_policy(gpt2()).classifier.save_pretrained(tmp_path)
-    again = RewardModel.load(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     assert (again.mean, again.std) == (0.0, 1.0)
 
 
 @torch.no_grad()
 def test_a_reward_model_saved_in_half_precision_loads_in_float32(tmp_path):
     reward = RewardModel.from_policy(gpt2())
-    copy.deepcopy(reward).half().save(tmp_path)
-    again = RewardModel.load(tmp_path)
+    copy.deepcopy(reward).half().save_pretrained(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     assert all(p.dtype == torch.float32 for p in again.parameters())
     for name, p in reward.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], p.half().float(), rtol=0, atol=0)
@@ -577,9 +610,9 @@ def test_a_reward_model_saved_in_half_precision_loads_in_float32(tmp_path):
 def test_a_loaded_model_computes_bit_for_bit_what_the_saved_one_did(seed, tmp_path):
     # A resumed run loads what an uninterrupted one has in memory, and must give the same numbers.
     reward = RewardModel.from_policy(gpt2(width=48), seed=seed)
-    reward.save(tmp_path)
+    reward.save_pretrained(tmp_path)
     ids, mask = padded("left")
-    again = RewardModel.load(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids, mask), reward(ids, mask), rtol=0, atol=0)
 
 
@@ -617,8 +650,11 @@ def test_each_value_sees_the_query_and_the_response_before_its_token(make):
 @torch.no_grad()
 def test_a_saved_value_model_loads_with_the_same_values(tmp_path):
     value = ValueModel.from_policy(gpt2())
-    value.save(tmp_path)
-    got, expected = ValueModel.load(tmp_path)(*padded("left"), 4), value(*padded("left"), 4)
+    value.save_pretrained(tmp_path)
+    got, expected = (
+        ValueModel.from_pretrained(tmp_path)(*padded("left"), 4),
+        value(*padded("left"), 4),
+    )
     torch.testing.assert_close(got, expected)
 
 
@@ -641,7 +677,7 @@ def test_candidates_have_the_scores_and_gradients_of_whole_sequences(make):
     other.load_state_dict(one.state_dict())
     query, query_mask = padded("left", queries, width=4)
     response, mask = padded("right", responses, width=5)
-    scores = one.score_candidates(query, query_mask, response, mask)
+    scores = one.score_candidates(query, query_mask, response.view(2, k, 5), mask.view(2, k, 5))
     whole, seen = padded("right", [queries[i // k] + r for i, r in enumerate(responses)])
     expected = other(whole, seen).view(2, k)
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)

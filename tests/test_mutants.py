@@ -57,14 +57,15 @@ def test_the_table_is_complete():
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", variant.id)
         assert all(dataclasses.astuple(variant)), f"{variant.id} has an empty field"
         assert variant.misconception.endswith(".") and variant.symptom.endswith(".")
-    historical = [v for v in VARIANTS if v.module != "oracle"]  # the oracle has no peers
+    historical = [v for v in VARIANTS if v.module != "worlds.oracle"]  # the oracle has no peers
     assert sum(v.source == COMMON for v in historical) <= len(historical) / 10
 
 
 def test_every_part_of_the_pipeline_has_variants():
     modules = {variant.module for variant in VARIANTS}
     parts = "masking logprobs kl rewards advantages losses ppo rollout generation models hh"
-    assert set(parts.split()) | {"preferences", "reward_model"} <= modules
+    parts += " preferences reward_training engine.passes engine.packing engine.look"
+    assert {*parts.split(), "engine.gradients", "worlds.oracle"} <= modules
 
 
 def test_every_named_test_is_there():
@@ -107,15 +108,15 @@ def test_a_default_can_be_the_change():
 
 def test_decorated_functions_methods_and_class_methods_can_be_changed():
     for module, name, old in [
-        ("rollout", "collect_rollout", "parts, own ="),
-        ("rollout", "Samples.rows", "[there]"),
+        ("rollout", "collect_rollout", "raw_scores ="),
+        ("engine.packing", "Rows.rows", "[there]"),
         ("models", "_ScalarHead.from_policy", "** 0.5"),
-        ("models", "RewardModel.load", "super().load"),
+        ("models", "RewardModel.from_pretrained", "super()"),
     ]:
         with applied(module, name, old, f"{old} "):
             pass
     before = collect_rollout.__wrapped__.__code__
-    with applied("rollout", "collect_rollout", "[:, 1].sum() > 1", "[:, 1].sum() > 2"):
+    with applied("rollout", "collect_rollout", "token_count > 1", "token_count > 2"):
         assert collect_rollout.__wrapped__.__code__ != before
     assert collect_rollout.__wrapped__.__code__ == before
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from minippo.engine.gradients import optimizer_step
 from minippo.optim import (
     Hooks,
     NonFiniteError,
     adamw,
     finite_metrics,
     learning_rate_factor,
-    optimizer_step,
     set_learning_rate,
 )
 

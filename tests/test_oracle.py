@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from minippo.engine.passes import token_logits
 from minippo.generation import generate, row_uniforms, sample_tokens
-from minippo.models import frozen_copy, tiny_gpt2, token_logits
-from minippo.oracle import (
+from minippo.models import frozen_copy, tiny_gpt2
+from minippo.worlds.oracle import (
     TabularPolicy,
     TabularValue,
     World,

@@ -15,16 +15,16 @@ import torch
 from tiny_runs import forked
 from transformers import AutoTokenizer
 
-from minippo import cli, packaging, run
+from minippo.app import cli, packaging, run
 from minippo.batching import decode_response, encode_prompt
 from minippo.config import DATA_DIR
 from minippo.generation import generate_many
 from minippo.hh import format_prompt, load_preferences
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer, tiny_gpt2
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer, tiny_gpt2
 from minippo.pretrain import train_tokenizer
-from minippo.tinyhh import rows as tiny
-from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import judge, read_sentences
+from minippo.worlds.tinyhh import rows as tiny
+from minippo.worlds.tinyhh import world as w
+from minippo.worlds.tinyhh.annotator import judge, read_sentences
 
 pytestmark = pytest.mark.integration
 
@@ -245,7 +245,7 @@ def save_run(folder, stages, policy=None, tokenizer=None, width=16):
     models = {"reward": reward, "value": ValueModel.from_reward_model(reward)}
     for stage in stages:
         model, target = models.get(stage, policy), folder / stage / "final"
-        (model.save if stage in models else model.save_pretrained)(target)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         (target.parent / "latest").write_text("final")
     return {stage: models.get(stage, policy) for stage in stages}, tokenizer
@@ -263,13 +263,13 @@ def test_checkpoints_are_exported_in_half_precision_and_load_again(tmp_path):
     for name in ("base", "sft", "ppo"):
         config = json.loads((out / name / "config.json").read_text())
         assert config.get("dtype", config.get("torch_dtype")) == "float16"
-        assert torch.equal(load_policy(out / name).transformer.wte.weight, expected)
+        assert torch.equal(Policy.from_pretrained(out / name).transformer.wte.weight, expected)
         assert load_tokenizer(out / name).get_vocab() == tokenizer.get_vocab()
-    reward = RewardModel.load(out / "reward")
+    reward = RewardModel.from_pretrained(out / "reward")
     assert (reward.mean, reward.std) == (0.25, 1.5)
     head = models["reward"].classifier.score.weight.detach().half().float()
     assert torch.equal(reward.classifier.score.weight, head)
-    assert not ValueModel.load(out / "value").classifier.score.weight.any()
+    assert not ValueModel.from_pretrained(out / "value").classifier.score.weight.any()
 
 
 @pytest.mark.parametrize("width, size", [(16, 500), (16, 9_000), (4, 7_000)])
@@ -362,7 +362,7 @@ def test_an_unfinished_run_writes_nothing(tmp_path):
 
 
 def test_the_shipped_policy_answers_a_question_of_the_world():
-    policy, tokenizer = load_policy("sft"), load_tokenizer("sft")
+    policy, tokenizer = Policy.from_pretrained("sft"), load_tokenizer("sft")
     prompt = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
     (answer,) = generate_many(policy, [prompt], tokenizer, 48, seed=0)
     assert answer[-1] == tokenizer.eos_token_id

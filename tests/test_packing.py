@@ -9,16 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
-from minippo.models import (
-    RewardModel,
-    ValueModel,
-    counted_logits,
-    counted_values,
-    load_policy,
-    pack,
-    response_logits,
-    tiny_gpt2,
-)
+from minippo.engine.packing import pack, packed_logits, packed_values
+from minippo.engine.passes import response_logits
+from minippo.models import Policy, RewardModel, ValueModel, tiny_gpt2
 
 V, Q, R = 30, 5, 4
 # Row by row: tokens of the query and of the response; the rest is padding, left and right.
@@ -66,7 +59,7 @@ def test_a_packed_row_by_hand(hole):
     counted = [(b, t) for b, (_, r) in enumerate(LENGTHS) for t in range(r) if mask[b, t]]
     assert packed.targets.tolist() == [int(tokens[b, Q + t]) for b, t in counted]
     # The token before response token t stands at place q + t - 1 of its row.
-    assert packed.places.tolist() == [b * width + LENGTHS[b][0] + t - 1 for b, t in counted]
+    assert packed.positions.tolist() == [b * width + LENGTHS[b][0] + t - 1 for b, t in counted]
     assert packed.slots.tolist() == [b * R + t for b, t in counted]
 
 
@@ -81,7 +74,7 @@ def test_spread_puts_numbers_where_their_tokens_stand():
     tokens, attention_mask, mask = batch(hole=True)
     packed = pack(tokens, attention_mask, mask)
     numbers = torch.arange(1.0, int(mask.sum()) + 1, requires_grad=True)
-    there = packed.spread(numbers)
+    there = packed.unpack(numbers)
     assert torch.equal(there != 0, mask) and torch.equal(there[mask], numbers)
     there.cumsum(1).sum().backward()
     assert numbers.grad.tolist() == [R - int(slot) % R for slot in packed.slots]
@@ -94,7 +87,7 @@ def test_logits_and_their_gradients_are_those_of_the_padded_pass(make, hole):
     weights = torch.randn(int(mask.sum()), V, generator=torch.Generator().manual_seed(1))
     found = []
     for logits in (
-        counted_logits(model, pack(tokens, attention_mask, mask)),
+        packed_logits(model, pack(tokens, attention_mask, mask)),
         response_logits(model, tokens, attention_mask, R)[mask],
     ):
         model.zero_grad()
@@ -108,7 +101,7 @@ def test_logits_and_their_gradients_are_those_of_the_padded_pass(make, hole):
 @BACKBONES
 def test_values_are_those_of_the_padded_pass(make):
     model, (tokens, attention_mask, mask) = ValueModel.from_policy(make()), batch(hole=True)
-    got = counted_values(model, pack(tokens, attention_mask, mask))
+    got = packed_values(model, pack(tokens, attention_mask, mask))
     torch.testing.assert_close(got, model(tokens, attention_mask, R)[mask], rtol=1e-5, atol=1e-5)
 
 
@@ -126,7 +119,7 @@ def test_the_vocabulary_projection_sees_only_what_counts():
     model, seen = gpt2(), []
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     tokens, attention_mask, mask = batch(hole=True)
-    counted_logits(model, pack(tokens, attention_mask, mask))
+    packed_logits(model, pack(tokens, attention_mask, mask))
     assert seen == [(int(mask.sum()), 16)]
     model(input_ids=tokens)
     assert seen[1:] == [(len(LENGTHS), Q + R, 16)]  # the choice is gone after the pass
@@ -137,7 +130,7 @@ def test_the_choice_is_gone_after_a_pass_that_failed():
     tokens, attention_mask, mask = batch()
     packed = pack(tokens + V, attention_mask, mask)  # no such tokens
     with pytest.raises(IndexError):
-        counted_logits(model, packed)
+        packed_logits(model, packed)
     assert model(input_ids=tokens).logits.shape == (len(LENGTHS), Q + R, V)
 
 
@@ -150,7 +143,7 @@ def test_the_gelu_of_a_loaded_gpt2_is_one_kernel_and_the_same_function(tmp_path)
         for p in written.parameters():
             p.mul_(5)  # so that its arguments reach both tails
     written.save_pretrained(tmp_path / "gpt2")
-    loaded, tokens = load_policy(tmp_path / "gpt2"), batch()[0]
+    loaded, tokens = Policy.from_pretrained(tmp_path / "gpt2"), batch()[0]
     fused = type(ACT2FN["gelu_pytorch_tanh"])
     assert {type(block.mlp.act) for block in loaded.transformer.h} == {fused}
     torch.testing.assert_close(loaded(tokens).logits, written(tokens).logits, rtol=1e-5, atol=1e-4)

@@ -13,22 +13,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import minippo
 from minippo.batching import encode_prompt
 from minippo.config import PPOConfig
-from minippo.devices import precision
+from minippo.engine.devices import precision
+from minippo.engine.packing import packed_logits, packed_values
 from minippo.logprobs import gather_logprobs
 from minippo.masking import masked_mean
-from minippo.models import (
-    RewardModel,
-    ValueModel,
-    counted_logits,
-    counted_values,
-    load_policy,
-    load_tokenizer,
-)
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer
 from minippo.ppo import ppo_loss
 from minippo.rollout import collect_rollout
-from minippo.tinyhh.rows import prompt_rows
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 SIZES = {"batch_size": 16, "minibatch_size": 16, "micro_batch_size": 16}
 CONFIG = PPOConfig(**SIZES, max_response_tokens=32, kl_loss_coef=0.1)
@@ -44,8 +39,12 @@ FIRST_LOG_RATIO = 1e-3
 
 def four_models(device="cpu"):
     """Policy, reference, critic, reward model, all shipped; the reference is the SFT model."""
-    models = (load_policy("ppo"), load_policy("sft"), ValueModel.load("value"))
-    return [m.to(device) for m in (*models, RewardModel.load("reward"))]
+    models = (
+        Policy.from_pretrained("ppo"),
+        Policy.from_pretrained("sft"),
+        ValueModel.from_pretrained("value"),
+    )
+    return [m.to(device) for m in (*models, RewardModel.from_pretrained("reward"))]
 
 
 def act(models, config=CONFIG, count=16):
@@ -59,8 +58,8 @@ def look(models, rollout, config=CONFIG) -> dict:
     """Everything PPO takes from the models of a rollout, and the gradients of its loss."""
     policy, ref_policy, value_model, reward_model = models
     packed = rollout.packed
-    seen = {"logprobs": gather_logprobs(counted_logits(policy, packed), packed.targets)}
-    seen["values"] = counted_values(value_model, packed)
+    seen = {"logprobs": gather_logprobs(packed_logits(policy, packed), packed.targets)}
+    seen["values"] = packed_values(value_model, packed)
     seen["scores"] = reward_model(rollout.tokens, rollout.attention_mask)
     loss, _ = ppo_loss(policy, ref_policy, value_model, rollout, config)
     loss.backward()
@@ -103,12 +102,13 @@ def test_the_first_ratio_is_1_in_bfloat16():
     with precision("bf16"), torch.no_grad():
         rollout = act(models, config)
         for batch in rollout.minibatches(4, torch.Generator()):
-            logits = counted_logits(models[0], batch.packed)
+            logits = packed_logits(models[0], batch.packed)
             logprobs = gather_logprobs(logits, batch.packed.targets)
             distance = (logprobs - batch.logprobs[batch.mask]).abs()
             assert distance.max() <= FIRST_LOG_RATIO
 
 
+PACKAGE = Path(minippo.__file__).parent
 # Operations that move numbers, or bring them out of bfloat16.
 MOVING = {"_to_copy", "index", "index_select", "cat", "clone", "empty_like"}
 
@@ -132,7 +132,7 @@ class BFloat16Places(TorchDispatchMode):
     def innermost() -> str:
         """The innermost function of the package on the stack."""
         frame = sys._getframe()
-        while frame and Path(frame.f_code.co_filename).parent.name != "minippo":
+        while frame and not Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
             frame = frame.f_back
         return frame.f_code.co_name if frame else ""
 

@@ -31,12 +31,12 @@ from minippo.config import PPOConfig
 from minippo.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
 from minippo.losses import policy_loss
 from minippo.masking import masked_mean
-from minippo.models import ValueModel, counted_logits, frozen_copy, tiny_gpt2
+from minippo.models import ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import adamw
-from minippo.oracle import TabularPolicy, TabularValue, World
-from minippo.ppo import kl_penalty_loss, ppo_loss, ppo_update
+from minippo.ppo import logprobs_and_kl, ppo_loss, ppo_update
 from minippo.rewards import per_token_rewards
 from minippo.rollout import Rollout, collect_rollout
+from minippo.worlds.oracle import TabularPolicy, TabularValue, World
 
 BETA = 0.6
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -326,17 +326,14 @@ def test_in_the_loss_k3_follows_the_reverse_kl_and_kl_nothing():
 def test_the_kl_loss_of_ppo_has_the_enumerated_gradient(name):
     """ppo.py's own term, each response weighted by its probability, against the sums above."""
     policy, ref_policy = double(POLICY), double(REF)
-    config = dataclasses.replace(PPO, kl_loss_estimator=name)
+    config = dataclasses.replace(PPO, kl_loss_estimator=name, kl_loss_coef=1.0)
     p = WORLD.response_logprobs(POLICY).exp()
     batch = listed_rollout(torch.zeros_like(WORLD.mask, dtype=torch.float64))
     total = 0.0
     for y in range(len(p)):
         row = batch.rows(slice(y, y + 1))
-        logits = counted_logits(policy, row.packed)
-        logprobs = logits.log_softmax(-1).gather(-1, row.packed.targets[:, None]).squeeze(-1)
-        logprobs = row.packed.spread(logprobs)
-        loss = kl_penalty_loss(logits, logprobs, ref_policy, row, config)
-        total = total + p[y] * row.mask.sum() * loss
+        _, kl = logprobs_and_kl(policy, ref_policy, row, config)
+        total = total + p[y] * kl.sum()
     total.backward()
     torch.testing.assert_close(policy.logits.grad, loss_gradient(name, POLICY), **EXACT)
 

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from tiny_runs import forked
 
-from minippo import cli
+from minippo.app import cli
+from minippo.app.report import heading, write_report, written
 from minippo.plots import (
     COLOURS,
     figure_to_png_base64,
@@ -19,8 +20,7 @@ from minippo.plots import (
     stage_curves,
     trailing_mean,
 )
-from minippo.report import heading, write_report, written
-from minippo.xray import COLUMNS, TokenTable
+from minippo.token_table import COLUMNS, TokenTable
 
 pytestmark = pytest.mark.integration
 
@@ -299,7 +299,7 @@ def test_the_reward_models_agreement_is_shown_part_by_part(tmp_path):
     places = [page.text.index(part) for part in ("7168", "90.1%", "89.4%", "0.900", "noiseless")]
     assert places == sorted(places)
     rows = r"their score87\.5%.*not trained on80\.0%.*more concise62\.5%.*more harmless75\.0%"
-    assert re.search(rows, page.text)
+    assert re.search(rows, page.text, re.DOTALL)
 
 
 def test_without_an_agreement_there_are_no_bars(tmp_path):

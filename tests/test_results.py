@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minippo.tinyhh.rows import prompt_rows
-from minippo.tinyhh.world import is_unseen, read_request
+from minippo.worlds.tinyhh.rows import prompt_rows
+from minippo.worlds.tinyhh.world import is_unseen, read_request
 
 SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "make_results.py"
 if not SCRIPT.is_file():

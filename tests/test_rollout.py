@@ -9,19 +9,14 @@ import torch
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from minippo.batching import Samples
 from minippo.config import PPOConfig
+from minippo.engine.look import _checked_scores
 from minippo.generation import generate_many
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, tiny_gpt2
+from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_loss, ppo_update
-from minippo.rollout import (
-    Rollout,
-    Samples,
-    _checked_scores,
-    collect_rollout,
-    estimate_advantages,
-    rollout_metrics,
-)
+from minippo.rollout import Rollout, collect_rollout, estimate_advantages, rollout_metrics
 
 V, PAD, EOS = 40, 0, 1
 IDS = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
@@ -380,9 +375,7 @@ def test_simple_advantages_are_reward_minus_value_at_the_prompt_for_every_token(
 def test_estimated_advantages_do_not_read_masked_positions(rollout):
     dirty = [x.masked_fill(~rollout.mask, math.nan) for x in (rollout.rewards, rollout.values)]
     clean = estimate_advantages(rollout.rewards, rollout.values, rollout.mask, CONFIG)
-    for got, expected in zip(
-        estimate_advantages(*dirty, rollout.mask, CONFIG), clean, strict=True
-    ):
+    for got, expected in zip(estimate_advantages(*dirty, rollout.mask, CONFIG), clean, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -583,7 +576,7 @@ OTHERS = {
 @pytest.mark.parametrize("family", OTHERS)
 def test_another_saved_decoder_goes_through_rollout_and_update(family, tmp_path):
     lively(OTHERS[family](), 1).save_pretrained(tmp_path)
-    policy, other = load_policy(tmp_path), World()
+    policy, other = Policy.from_pretrained(tmp_path), World()
     other.policy, other.ref_policy = policy, frozen_copy(policy)
     reward = RewardModel.from_policy(policy)
     other.value_model = ValueModel.from_reward_model(reward)

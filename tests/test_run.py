@@ -15,19 +15,19 @@ import torch
 from tiny_runs import contents, forked, run, write_pairs
 
 import minippo.sft
-from minippo import files
-from minippo import run as run_module
+from minippo.app import run as run_module
+from minippo.app.report import write_report
+from minippo.app.run import Interrupted, Run
 from minippo.config import RunConfig, SFTConfig
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
+from minippo.engine import files
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer
 from minippo.optim import NonFiniteError
-from minippo.report import write_report
-from minippo.run import Interrupted, Run
 
 pytestmark = pytest.mark.integration
 
 SMALL_WARMUP = {"prompts": 40, "held-out": 8, "batch-size": 8}
 STAGES = ("pretrain", "sft", "reward", "value", "ppo")
-LOADERS = {"reward": RewardModel.load, "value": ValueModel.load}
+LOADERS = {"reward": RewardModel.from_pretrained, "value": ValueModel.from_pretrained}
 
 
 class Killed(BaseException):
@@ -375,7 +375,7 @@ def assert_last_checkpoint_is_good(folder: Path, stage: str) -> None:
     latest = folder / stage / (folder / stage / "latest").read_text().strip()
     state = json.loads((latest / "state.json").read_text())
     assert latest.name == f"step-{state['step']:06d}"
-    LOADERS.get(stage, load_policy)(latest)
+    LOADERS.get(stage, Policy.from_pretrained)(latest)
     assert partials(folder) == []
 
 

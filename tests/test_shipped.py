@@ -7,7 +7,7 @@ are shipped, and by docs/make_results.py of four runs that retrain every stage a
 import pytest
 import torch
 
-from minippo.batching import decode_response, encode_prompt
+from minippo.batching import decode_response, encode_prompt, join_query_response
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -17,12 +17,11 @@ from minippo.evaluation import (
     sample_answers,
     win_rate,
 )
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
-from minippo.reward_model import score_all
-from minippo.sft import join
-from minippo.tinyhh.annotator import judge
-from minippo.tinyhh.rows import prompt_rows
-from minippo.tinyhh.world import read_request
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer
+from minippo.reward_training import score_all
+from minippo.worlds.tinyhh.annotator import judge
+from minippo.worlds.tinyhh.rows import prompt_rows
+from minippo.worlds.tinyhh.world import read_request
 
 pytestmark = pytest.mark.integration
 
@@ -43,7 +42,7 @@ def judged(asked):
     tokenizer, rows, prompts = asked
     found = {}
     for name in ("base", "sft", "ppo"):
-        policy = load_policy(name)
+        policy = Policy.from_pretrained(name)
         answers = sample_answers(policy, prompts, tokenizer, 48, seed=11)
         found[name] = (policy, answers, judge_all(rows, answers, tokenizer))
     return found
@@ -78,8 +77,8 @@ def test_ppo_keeps_the_bars_of_the_results_page(asked, judged):
 
 def test_the_reward_model_agrees_with_the_annotator(asked):
     tokenizer, rows, prompts = asked
-    answers = sample_answers(load_policy("sft"), prompts, tokenizer, 48, 12, copies=4)
-    scores = score_all(RewardModel.load("reward"), answers, tokenizer.pad_token_id)
+    answers = sample_answers(Policy.from_pretrained("sft"), prompts, tokenizer, 48, 12, copies=4)
+    scores = score_all(RewardModel.from_pretrained("reward"), answers, tokenizer.pad_token_id)
     judged = []
     for row, encoded in zip(rows, answers):
         texts = [decode_response(tokenizer, response) for response in encoded.responses]
@@ -95,10 +94,15 @@ def test_the_critic_expects_more_where_answers_are_better(asked):
     What it has learned is that harmful requests end badly; within harmless ones it knows little.
     """
     tokenizer, _, prompts = asked
-    reward_model, value_model = RewardModel.load("reward"), ValueModel.load("value")
-    answers = sample_answers(load_policy("sft"), prompts, tokenizer, 48, 13, copies=4)
+    reward_model, value_model = (
+        RewardModel.from_pretrained("reward"),
+        ValueModel.from_pretrained("value"),
+    )
+    answers = sample_answers(Policy.from_pretrained("sft"), prompts, tokenizer, 48, 13, copies=4)
     means = torch.tensor(score_all(reward_model, answers, tokenizer.pad_token_id)).mean(1)
-    tokens, attention_mask, mask = join(prompts, [[1]] * len(prompts), tokenizer.pad_token_id)
+    tokens, attention_mask, mask = join_query_response(
+        prompts, [[1]] * len(prompts), tokenizer.pad_token_id
+    )
     with torch.no_grad():
         values = value_model(tokens, attention_mask, mask.shape[1])[:, 0]
     assert torch.corrcoef(torch.stack([values, means]))[0, 1] > 0.25

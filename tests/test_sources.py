@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny_runs import write_pairs
 
+from minippo.app.sources import Source
 from minippo.hh import format_dialogue, format_prompt
 from minippo.preferences import ranking_to_pairs
-from minippo.sources import Source
 
 
 def write_rankings(path, prompts: int, answers: int, margins: bool = True):
@@ -105,5 +105,3 @@ def test_one_of_several_splits_is_chosen_by_name_and_asked_for_if_none_is(tmp_pa
         Source(str(tmp_path / "saved"))
     train, held_out = Source(str(tmp_path / "saved"), split="test").pairs()
     assert len(train) + len(held_out) == 10
-
-

@@ -23,7 +23,7 @@ print(json.dumps([middle - start, end - middle]))
 """
 HELP = """
 import sys
-from minippo import cli
+from minippo.app import cli
 try:
     cli.main(["--help"])
 except SystemExit:
@@ -65,7 +65,7 @@ def test_help_is_there_within_three_seconds_and_needs_no_torch():
 @pytest.mark.parametrize("imports", ORDERS)
 def test_loading_shows_no_bar_whichever_was_imported_first(imports):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_")}
-    command = [sys.executable, "-c", f"{imports}; models.load_policy('sft')"]
+    command = [sys.executable, "-c", f"{imports}; models.Policy.from_pretrained('sft')"]
     environment["PYTHONPATH"] = str(ROOT)
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert (said.stdout, said.stderr) == ("", "")

@@ -10,63 +10,74 @@ import io
 import os
 import re
 import subprocess
+import sys
 import tokenize
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
+from sizes import (
+    PACKAGE,
+    PATH,
+    ROOT,
+    SEEING,
+    code_lines,
+    docstring_lines,
+    folder_size,
+    path_sizes,
+    traced_step,
+    tree_of,
+    without_engine,
+)
 
-from minippo.doctor import TESTED, TESTED_PYTHON, untested
+import minippo
+from minippo.app.doctor import TESTED, TESTED_PYTHON, untested
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "minippo"
 NOTEBOOKS = ROOT / "notebooks"
 
 BUDGETS = {
-    # Docstrings, comments and blank lines not counted. The aim was 750. The settings (about 150)
-    # and the HH-RLHF reader (about 200) alone are more than a quarter of what there is; 65 more
-    # than first reached are refusals of what failed silently before, BOS, rankings of mixed K,
-    # queries that are read once and autocast in one place; 49 more keep the memory of the reader
-    # flat: lines and files of limited size, pairs that go to the disk in batches and are mapped;
-    # 54 take the padding out of what the models read; 32 let each process take its rows of a batch
-    # and weigh them by its share; 12 more make the depth at which a row is refused ours, not that
-    # of the interpreter, 4 hand a cache on under the name that the model gives it. What a lesson
-    # need not know, the rung "the machine", is not counted: processes, devices, what is looked at
-    # in a stranger's files.
-    "code lines, settings to learning": 1576,
-    # What a lesson need not know: the sums over processes, FSDP; devices, and what a model calls
-    # its cache in which version of transformers; a stranger's files.
-    "code lines of distributed": 180,
-    "code lines of devices": 115,
-    "code lines of checkpoints": 220,
+    # Docstrings, comments and blank lines not counted; `python -m tests.sizes` prints them all.
+    "code lines, settings to learning": 1330,
+    "code lines of the engine": 850,
+    "code lines of the app": 1640,
+    "code lines of a step of train_ppo, the engine left out": 390,
+    "modules of a step of train_ppo, the engine left out": 12,
     "lines of a function": 30,  # from def to its end, the docstring not counted
     "lines of a formula's body": 10,  # comments and blank lines not counted
     "nesting in a function": 3,
     "columns": 100,
 }
 
-# One total order: an import goes only upwards in this list, to an earlier line.
+# One total order: an import goes only upwards in this list, to an earlier line. A folder is one
+# line: what it holds may import each other.
 LADDER = {
-    "settings": ["config"],
-    "formulas": ["masking", "logprobs", "kl", "rewards", "advantages", "losses"],
-    "data": ["hh", "preferences", "batching"],
-    "the machine": ["distributed", "devices", "checkpoints"],
-    "models": ["models"],
-    "acting": ["generation", "rollout"],
-    "learning": ["optim", "pretrain", "sft", "reward_model", "value_model", "ppo"],
-    "worlds": ["oracle", "tinyhh.world", "tinyhh.annotator", "tinyhh.rows", "tinyhh"],
-    "seeing": ["evaluation", "plots", "xray", "lesson"],
+    "settings": PATH["settings"],
+    "formulas": PATH["formulas"],
+    "engine": ["engine"],
+    "data": PATH["data"],
+    "models": PATH["models"],
+    "acting": PATH["acting"],
+    "learning": PATH["learning"],
+    "worlds": ["worlds"],
+    "seeing": SEEING,
     "the package itself": [""],  # minippo/__init__.py may offer all of the above, none may use it
-    "using": [
-        *("files", "report", "checks", "sources", "run", "packaging", "stages", "chat", "doctor")
-    ],
-    "the command line": ["cli", "__main__"],
+    "checks": ["checks"],
+    "app": ["app"],
+    "the command": ["__main__"],
 }
 ORDER = [module for rung in LADDER.values() for module in rung]
-COUNTED = ["settings", "formulas", "data", "models", "acting", "learning"]
+# The seam: what the path may know of the engine. "models" alone reads checkpoints.
+SEAM = {
+    "engine.look": None,
+    "engine.passes": None,
+    "engine.gradients": None,
+    "engine.packing": {"Rows", "to_device_of"},
+    "engine.loading": None,
+}
 FORMULA_IMPORTS = {"__future__", "collections", "torch", "typing"}
-MAY_PRINT = {"cli", "chat", "doctor", "checks"}  # these speak to a person: commands, checks
+# These speak to a person: commands, checks.
+MAY_PRINT = ("app.cli", "app.chat", "app.doctor", "checks.")
 EMPTY_NAMES = {"utils", "helpers", "core", "common"}  # names that say nothing of what is inside
 UNWANTED_PACKAGES = {"trl", "accelerate", "wandb"}
 MARKERS = re.compile(r"\b(?:TO[D]O|FIX[M]E)\b")  # written so that this file passes its own test
@@ -100,32 +111,20 @@ ALIASES = {alias: name for name, aliases in GLOSSARY.items() for alias in aliase
 
 
 def module_name(path):
-    """The name of a module inside the package: 'kl', 'tinyhh.world', 'checks', '' for minippo."""
+    """The name of a module inside the package: 'kl', 'worlds.oracle', 'checks', '' for minippo."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def rung(module):
-    """The place of a module in the ladder; one that is not listed has that of its package."""
-    return ORDER.index(module if module in ORDER else module.split(".")[0])
-
-
-def on_ladder(module):
-    """Whether a module has a place: itself, or as part of a package that is listed whole."""
-    package = module.split(".")[0]
-    return module in ORDER or (package in ORDER and f"{package}.world" not in ORDER)
+    """The place of a module in the ladder: its own, or that of its folder."""
+    return ORDER.index(module.split(".")[0])
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 FORMULAS = [module for module in LADDER["formulas"] if module in MODULES]
 SOURCES = [*MODULES.values(), *sorted((NOTEBOOKS / "src").glob("*.py"))]
 PYTHON = [*SOURCES, *sorted((ROOT / "tests").glob("*.py")), *sorted(NOTEBOOKS.glob("*.py"))]
-
-
-@functools.cache
-def tree_of(path):
-    """The syntax tree of a Python file."""
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def place(path, node):
@@ -147,26 +146,6 @@ def functions(paths):
 def has_docstring(node):
     """Whether a module, class or function begins with a docstring."""
     return ast.get_docstring(node, clean=False) is not None
-
-
-def docstring_lines(node):
-    """The line numbers that a docstring takes, none where there is none."""
-    first = node.body[0] if has_docstring(node) else None
-    return set(range(first.lineno, first.end_lineno + 1)) if first else set()
-
-
-def code_lines(path):
-    """The line numbers of a file that hold code: no docstring, comment or blank line."""
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    silent |= {tokenize.ENCODING, tokenize.ENDMARKER}
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type not in silent:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for _, node in find(documented, [path]):
-        lines -= docstring_lines(node)
-    return lines
 
 
 def depth(node, level=0):
@@ -214,13 +193,13 @@ def own_imports(module):
 
 
 def test_every_module_has_a_place_in_the_ladder():
-    assert not [module for module in MODULES if not on_ladder(module)]
+    assert not [module for module in MODULES if module.split(".")[0] not in ORDER]
 
 
 def goes_up(module, target):
-    """Whether the import of a module is one of an earlier rung, or of a sibling on the same."""
+    """Whether the import of a module is one of an earlier rung, or of a sibling in its folder."""
     siblings = module != target and module.split(".")[0] == target.split(".")[0]
-    return rung(target) < rung(module) or (rung(target) == rung(module) and siblings)
+    return rung(target) < rung(module) or siblings
 
 
 def test_imports_go_only_up_the_ladder():
@@ -231,6 +210,48 @@ def test_imports_go_only_up_the_ladder():
         if not goes_up(module, target)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("module", [m for modules in PATH.values() for m in modules])
+def test_the_path_meets_the_engine_at_the_seam_only(module):
+    for node, target in own_imports(module):
+        if target.split(".")[0] == "engine":
+            assert target in SEAM, place(MODULES[module], node)
+            names = {alias.name for alias in node.names}
+            assert SEAM[target] is None or names <= SEAM[target], place(MODULES[module], node)
+            assert target != "engine.loading" or module == "models"
+
+
+def test_public_names_are_given_on_first_use_and_again_after_every_module_was_imported():
+    """In a fresh process each: a submodule that is imported must not take the place of a name."""
+    ask = "kinds = {n: type(getattr(minippo, n)).__name__ for n in minippo.__all__}; "
+    every = "".join(f"import minippo.{m}; " for m in MODULES if m and m != "__main__")
+    code = f"import minippo; {ask}first = kinds; {every}{ask}"
+    code += "print(kinds == first, set(minippo.__all__) <= set(dir(minippo)), len(kinds))"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "True", str(len(minippo.__all__))]
+
+
+def test_no_public_name_is_that_of_a_module():
+    stems = {module.rpartition(".")[2] for module in MODULES}
+    assert set(minippo.__all__) & stems == {"checks", "worlds"}
+
+
+def test_lessons_take_public_names_from_the_package_itself():
+    lessons = [path for path in SOURCES if not path.is_relative_to(PACKAGE)]
+    wrong = [
+        f"{place(path, node)} takes {alias.name} from {node.module}"
+        for path, node in find(ast.ImportFrom, lessons)
+        for alias in node.names
+        if str(node.module).startswith("minippo.") and alias.name in minippo.__all__
+    ]
+    assert lessons and not wrong
+
+
+def test_the_package_has_no_other_names():
+    with pytest.raises(AttributeError, match="no attribute 'gea'"):
+        minippo.gea  # noqa: B018
 
 
 def test_config_needs_neither_torch_nor_transformers():
@@ -273,14 +294,22 @@ def lines_of(node):
 
 
 def test_settings_to_learning_can_be_read_in_one_sitting():
-    modules = [module for name in COUNTED for module in LADDER[name] if module in MODULES]
-    sizes = {module: len(code_lines(MODULES[module])) for module in modules}
-    assert sum(sizes.values()) <= BUDGETS["code lines, settings to learning"], sizes
+    sizes = path_sizes()
+    total = sum(sum(modules.values()) for modules in sizes.values())
+    assert total <= BUDGETS["code lines, settings to learning"], sizes
 
 
-@pytest.mark.parametrize("module", LADDER["the machine"])
-def test_the_machine_can_be_read_in_one_sitting(module):
-    assert len(code_lines(MODULES[module])) <= BUDGETS[f"code lines of {module}"]
+@pytest.mark.parametrize("folder", ["engine", "app"])
+def test_what_stands_below_and_above_the_path_stays_small(folder):
+    sizes = folder_size(folder)
+    assert sum(sizes.values()) <= BUDGETS[f"code lines of the {folder}"], sizes
+
+
+def test_train_ppo_can_be_followed_to_the_ground():
+    found = without_engine(traced_step())
+    name = "a step of train_ppo, the engine left out"
+    assert sum(found.values()) <= BUDGETS[f"code lines of {name}"], found
+    assert len({file for file, _ in found}) <= BUDGETS[f"modules of {name}"], found
 
 
 def test_functions_are_short():
@@ -359,7 +388,7 @@ def called(node):
 
 
 def test_library_modules_do_not_print():
-    library = [path for module, path in MODULES.items() if module.split(".")[0] not in MAY_PRINT]
+    library = [path for module, path in MODULES.items() if not module.startswith(MAY_PRINT)]
     calls = [(path, node) for path, node in find(ast.Call, library) if called(node) == "print"]
     assert not [place(path, node) for path, node in calls]
 

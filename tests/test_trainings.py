@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minippo import pretrain, reward_model, sft, value_model
-from minippo.batching import Encoded
+from minippo import pretrain, sft
+from minippo import reward_training as reward_model
+from minippo import value_training as value_model
+from minippo.batching import Encoded, answered, join_query_response
 from minippo.config import PretrainConfig, RewardConfig, SFTConfig, ValueConfig
+from minippo.engine.gradients import accumulate
 from minippo.models import RewardModel, ValueModel, tiny_gpt2
 from minippo.optim import Hooks, NonFiniteError
 from minippo.pretrain import encode_texts, perplexity, text_loss, train_lm, train_tokenizer
-from minippo.reward_model import (
+from minippo.reward_training import (
     pair_accuracy,
     reward_loss,
     score_all,
@@ -25,8 +28,8 @@ from minippo.reward_model import (
     standardise_on,
     train_reward_model,
 )
-from minippo.sft import accumulate_sft, join, sft_loss, train_sft
-from minippo.value_model import prompt_explained_variance, train_value_model, warmup_loss
+from minippo.sft import sft_loss, train_sft
+from minippo.value_training import judged, prompt_explained_variance, train_value_model, warmup_loss
 
 V, PAD, EOS = 40, 0, 1
 IDS = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
@@ -114,24 +117,28 @@ class Recorder(Hooks):
 
 
 def test_join_by_hand():
-    tokens, attention_mask, mask = join([[5, 6], [7]], [[8, EOS], [9, 10, EOS]], PAD)
+    tokens, attention_mask, mask = join_query_response([[5, 6], [7]], [[8, EOS], [9, 10, EOS]], PAD)
     assert tokens.tolist() == [[5, 6, 8, EOS, PAD], [PAD, 7, 9, 10, EOS]]
     assert attention_mask.int().tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
     assert mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_join_counts_the_eos_where_pad_is_eos():
-    _, attention_mask, mask = join([[5, 6], [7]], [[8, EOS], [9, 10, EOS]], EOS)
+    _, attention_mask, mask = join_query_response([[5, 6], [7]], [[8, EOS], [9, 10, EOS]], EOS)
     assert attention_mask.sum(1).tolist() == [4, 4] and mask.sum(1).tolist() == [2, 3]
 
 
 # --- supervised fine-tuning -----------------------------------------------------------------------
 
 
+def demonstrations(rows=ROWS):
+    return answered([row.prompt for row in rows], [row.responses[0] for row in rows], PAD)
+
+
 @FAMILIES
 def test_the_sft_loss_of_one_row_is_cross_entropy_on_its_response(make):
     policy, row = make(), ROWS[0]
-    got = sft_loss(policy, *join([row.prompt], [row.responses[0]], PAD))
+    got = sft_loss(policy, demonstrations([row]))
     logits = policy(input_ids=torch.tensor([row.prompt + row.responses[0]])).logits[0]
     expected = F.cross_entropy(logits[4:7], torch.tensor(row.responses[0]))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -140,7 +147,7 @@ def test_the_sft_loss_of_one_row_is_cross_entropy_on_its_response(make):
 @FAMILIES
 def test_the_sft_loss_of_padded_rows_is_the_token_mean_over_the_rows_alone(make):
     policy, total, count = make(), 0.0, 0
-    got = sft_loss(policy, *join([r.prompt for r in ROWS], [r.responses[0] for r in ROWS], PAD))
+    got = sft_loss(policy, demonstrations())
     for row in ROWS:
         logits = policy(input_ids=torch.tensor([row.prompt + row.responses[0]])).logits[0]
         wanted = torch.tensor(row.responses[0])
@@ -159,11 +166,9 @@ def test_prompt_tokens_are_read_but_not_learned():
         seen.append(logits)
 
     policy.lm_head.register_forward_hook(keep)
-    tokens, attention_mask, mask = join(
-        [r.prompt for r in ROWS], [r.responses[0] for r in ROWS], PAD
-    )
-    sft_loss(policy, tokens, attention_mask, mask).backward()
-    assert seen[0].shape == (int(mask.sum()), V)  # no others are computed
+    batch = demonstrations()
+    sft_loss(policy, batch).backward()
+    assert seen[0].shape == (int(batch.mask.sum()), V)  # no others are computed
     assert bool((seen[0].grad.abs().sum(-1) > 0).all())
     assert policy.transformer.wpe.weight.grad[0].any()  # the prompt's own positions are read
 
@@ -171,12 +176,15 @@ def test_prompt_tokens_are_read_but_not_learned():
 @pytest.mark.parametrize("micro", [1, 2, 3, 4])
 def test_sft_in_micro_batches_has_the_gradient_of_the_whole_batch(micro):
     policy = gpt2().double()
-    sft_loss(
-        policy, *join([r.prompt for r in ROWS], [r.responses[0] for r in ROWS], PAD)
-    ).backward()
+    sft_loss(policy, demonstrations()).backward()
     expected = gradients(policy)
     policy.zero_grad()
-    loss = accumulate_sft(policy, ROWS, micro, PAD)
+
+    def loss_of(batch):
+        loss = sft_loss(policy, batch)
+        return loss, {"loss": loss}
+
+    loss = accumulate(loss_of, demonstrations(), micro)["loss"]
     # The loss turns the logits to float32, so the gradient has float32's own rounding.
     assert_same_gradients(gradients(policy), expected, 1e-6)
     assert not loss.requires_grad
@@ -187,14 +195,14 @@ def test_sft_takes_the_same_steps_in_micro_batches(micro):
     histories = []
     for size in (4, micro):
         config = dataclasses.replace(SFT, micro_batch_size=size)
-        histories.append(train_sft(gpt2(), ROWS, config, PAD))
+        histories.append(train_sft(gpt2(), ROWS, config, pad_id=PAD))
     for one, two in zip(*histories, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_sft_learns_its_rows_by_heart():
     policy = fresh_gpt2()
-    history = train_sft(policy, ROWS, dataclasses.replace(SFT, steps=40, lr=4e-2), PAD)
+    history = train_sft(policy, ROWS, dataclasses.replace(SFT, steps=40, lr=4e-2), pad_id=PAD)
     assert history[0]["loss/lm"] == pytest.approx(math.log(V), abs=0.3)
     assert history[-1]["loss/lm"] < 0.1
     for row in ROWS:
@@ -204,7 +212,7 @@ def test_sft_learns_its_rows_by_heart():
 
 def test_sft_is_deterministic_and_depends_on_its_seed():
     rows = [Encoded(i, [5 + i], [[20 + i, EOS]]) for i in range(12)]
-    runs = [train_sft(gpt2(), rows, SFT, PAD, seed=seed) for seed in (0, 0, 1)]
+    runs = [train_sft(gpt2(), rows, SFT, pad_id=PAD, seed=seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -214,7 +222,7 @@ def test_sft_stops_where_its_loss_is_not_finite():
         policy.transformer.ln_f.weight[0] = math.nan
     hooks = Recorder()
     with pytest.raises(NonFiniteError, match=r"sft, step 0.*loss/lm"):
-        train_sft(policy, ROWS, SFT, PAD, hooks=hooks)
+        train_sft(policy, ROWS, SFT, pad_id=PAD, hooks=hooks)
     assert not hooks.calls
 
 
@@ -335,7 +343,9 @@ def test_the_reward_model_takes_the_same_steps_in_micro_batches(micro, with_marg
     for size in (4, micro):
         config = dataclasses.replace(REWARD, micro_batch_size=size, epochs=3)
         reward_model = RewardModel.from_policy(gpt2())
-        histories.append(train_reward_model(reward_model, rows, config, PAD, margins))
+        histories.append(
+            train_reward_model(reward_model, rows, config, pad_id=PAD, margins=margins)
+        )
     for one, two in zip(*histories, strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
 
@@ -353,7 +363,7 @@ def test_rankings_of_different_sizes_share_a_step_and_each_counts_once(micro):
             by_hand.append(sum(losses) / len(losses))
     assert [len(s) for s in score_all(reward_model, rows, PAD)] == [2, 3, 4, 2, 3, 4]
     config = dataclasses.replace(REWARD, batch_size=6, micro_batch_size=micro, epochs=1, lr=1e-9)
-    history = train_reward_model(reward_model, rows, config, PAD)
+    history = train_reward_model(reward_model, rows, config, pad_id=PAD)
     assert history[0]["loss/reward"] == pytest.approx(sum(by_hand) / 6, rel=1e-5)
 
 
@@ -365,7 +375,7 @@ def test_margins_stay_with_their_rows(place):
     margins = [1000.0 if i == place else 0.0 for i in range(6)]
     reward_model = RewardModel.from_policy(fresh_gpt2())
     read = tokens_read(reward_model)
-    history = train_reward_model(reward_model, rows, config, PAD, margins)
+    history = train_reward_model(reward_model, rows, config, pad_id=PAD, margins=margins)
     seen = [int(tokens[0, 0]) for tokens in read[1::2]]  # after each query its responses
     step = next(i for i, metrics in enumerate(history) if metrics["loss/reward"] > 900)
     assert seen[step] == 7 + place
@@ -389,7 +399,7 @@ def toy_preferences(count, seed):
 def test_a_reward_model_learns_a_toy_preference_and_generalises():
     reward_model = RewardModel.from_policy(fresh_gpt2())
     config = dataclasses.replace(REWARD, batch_size=16, micro_batch_size=16, lr=2e-2)
-    history = train_reward_model(reward_model, toy_preferences(640, 0), config, PAD)
+    history = train_reward_model(reward_model, toy_preferences(640, 0), config, pad_id=PAD)
     held_out = torch.tensor(score_all(reward_model, toy_preferences(300, 1), PAD))
     assert history[0]["reward/accuracy"] < 0.8 and history[-1]["loss/reward"] < 0.2
     assert float(pair_accuracy(held_out)) > 0.95
@@ -408,7 +418,7 @@ def test_reward_training_has_one_step_per_batch_and_epoch_and_tells_its_hooks():
     rows, hooks = toy_preferences(22, 0), Recorder()
     config = dataclasses.replace(REWARD, epochs=3)
     history = train_reward_model(
-        RewardModel.from_policy(gpt2()), rows, config, PAD, hooks=hooks
+        RewardModel.from_policy(gpt2()), rows, config, pad_id=PAD, hooks=hooks
     )
     assert hooks.started == ("reward", 3 * (22 // 4)) and len(history) == 15
     assert hooks.state == {"reward", "optimizer"}
@@ -419,7 +429,7 @@ def test_reward_training_has_one_step_per_batch_and_epoch_and_tells_its_hooks():
 def test_reward_training_is_deterministic_and_depends_on_its_seed():
     rows = toy_preferences(16, 0)
     runs = [
-        train_reward_model(RewardModel.from_policy(gpt2()), rows, REWARD, PAD, seed=seed)
+        train_reward_model(RewardModel.from_policy(gpt2()), rows, REWARD, pad_id=PAD, seed=seed)
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -431,7 +441,7 @@ def test_reward_training_is_deterministic_and_depends_on_its_seed():
 def test_the_warmup_loss_is_half_the_squared_error_at_every_response_token():
     value_model = ValueModel.from_policy(gpt2())
     targets = [0.5, -1.0, 2.0, 0.0]
-    got = warmup_loss(value_model, ROWS, torch.tensor(targets), PAD)
+    got = warmup_loss(value_model, judged(ROWS, targets, PAD))
     errors = []
     for row, target in zip(ROWS, targets, strict=True):
         ids = torch.tensor([row.prompt + row.responses[0]])
@@ -480,7 +490,7 @@ def test_the_critic_learns_the_mean_reward_that_the_prompt_decides():
     rows, targets = toy_values(1024, 0)
     before = prompt_explained_variance(value_model, held_out, wanted, PAD)
     config = dataclasses.replace(VALUE, batch_size=32, epochs=3, lr=2e-2)
-    history = train_value_model(value_model, rows, targets, config, PAD)
+    history = train_value_model(value_model, rows, targets, config, pad_id=PAD)
     after = prompt_explained_variance(value_model, held_out, wanted, PAD)
     assert before < 0.05 and after > 0.9  # a critic of zeros knows nothing
     assert history[-1]["loss/value"] < 0.1 * history[0]["loss/value"]
@@ -493,7 +503,7 @@ def test_targets_stay_with_their_rows():
     value_model.classifier.base_model.register_forward_hook(
         lambda _, args, options, __: seen.append(options["input_ids"][0].tolist()), with_kwargs=True
     )
-    history = train_value_model(value_model, rows, targets, config, PAD, hooks=hooks)
+    history = train_value_model(value_model, rows, targets, config, pad_id=PAD, hooks=hooks)
     for tokens, metrics in zip(seen, history, strict=True):
         i = next(i for i, r in enumerate(rows) if [*r.prompt, *r.responses[0]][:-1] == tokens)
         assert metrics["loss/value"] == pytest.approx(targets[i] ** 2 / 2, abs=1e-5)
@@ -503,7 +513,7 @@ def test_targets_stay_with_their_rows():
 def test_a_target_that_is_not_finite_stops_the_warmup():
     value_model = ValueModel.from_policy(gpt2())
     with pytest.raises(NonFiniteError, match="value, step 0.*loss/value"):
-        train_value_model(value_model, ROWS, [0.0, math.nan, 1.0, 2.0], VALUE, PAD)
+        train_value_model(value_model, ROWS, [0.0, math.nan, 1.0, 2.0], VALUE, pad_id=PAD)
 
 
 # --- pretraining --------------------------------------------------------------------------------
@@ -546,9 +556,9 @@ def test_pretraining_learns_its_texts():
     model = tiny_gpt2(len(tokenizer), n_layer=1, n_embd=16, n_head=2, n_positions=32)
     before = perplexity(model, sequences, PAD)
     hooks = Recorder()
-    metrics = train_lm(model, sequences, PRETRAIN, PAD, hooks=hooks)
+    history = train_lm(model, sequences, PRETRAIN, pad_id=PAD, hooks=hooks)
     assert dropped == 0 and before > 200 and perplexity(model, sequences, PAD) < 4
-    assert hooks.started == ("pretrain", 40) and metrics == hooks.calls[-1][2]
+    assert hooks.started == ("pretrain", 40) and history == [m for *_, m in hooks.calls]
 
 
 def test_a_tokenizer_is_the_same_when_trained_again_and_takes_any_text():
@@ -570,18 +580,19 @@ def sequences(rows):
 LONG = {"max_prompt_tokens": 128, "max_response_tokens": 48}
 STAGES = {
     "sft": lambda base, rows, hooks=None, **options: train_sft(
-        base, rows, dataclasses.replace(SFT, **LONG, **options), PAD, hooks=hooks
+        base, rows, dataclasses.replace(SFT, **LONG, **options), pad_id=PAD, hooks=hooks
     ),
     "reward": lambda base, rows, hooks=None, **options: train_reward_model(
-        RewardModel.from_policy(base), rows, dataclasses.replace(REWARD, **LONG, **options), PAD,
-        hooks=hooks,
+        RewardModel.from_policy(base), rows, dataclasses.replace(REWARD, **LONG, **options),
+        pad_id=PAD, hooks=hooks,
     ),
     "value": lambda base, rows, hooks=None, **options: train_value_model(
         ValueModel.from_policy(base), rows, [1.0, 2.0, 3.0, 4.0],
-        dataclasses.replace(VALUE, **options), PAD, hooks=hooks,
+        dataclasses.replace(VALUE, **options), pad_id=PAD, hooks=hooks,
     ),
     "pretrain": lambda base, rows, hooks=None, **options: train_lm(
-        base, sequences(rows), dataclasses.replace(PRETRAIN, steps=2, **options), PAD, hooks=hooks
+        base, sequences(rows), dataclasses.replace(PRETRAIN, steps=2, **options),
+        pad_id=PAD, hooks=hooks,
     ),
 }  # fmt: skip
 EVERY_STAGE = pytest.mark.parametrize("stage", STAGES)
@@ -632,15 +643,17 @@ def test_a_training_in_half_precision_computes_its_losses_in_single(stage, monke
     """What CUDA does, on the CPU: bfloat16 in the models, float32 in the formulas."""
     single, seen = STAGES[stage](gpt2(), RANKED), []
     module, formula = {
-        "sft": (sft, "gather_logprobs"), "reward": (reward_model, "ranking_loss"),
+        "sft": (sft, "masked_mean"), "reward": (reward_model, "ranking_loss"),
         "value": (value_model, "masked_mean"), "pretrain": (pretrain, "lm_loss"),
     }[stage]  # fmt: skip
     real = getattr(module, formula)
     monkeypatch.setattr(module, formula, lambda x, *args: seen.append(x.dtype) or real(x, *args))
-    monkeypatch.setattr("minippo.models.autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(
+        "minippo.engine.passes.autocast", lambda _: torch.autocast("cpu", torch.bfloat16)
+    )
     half = STAGES[stage](gpt2(), RANKED)
     assert set(seen) == {torch.float32}
-    losses = [next(iter((h[0] if isinstance(h, list) else h).items())) for h in (single, half)]
+    losses = [next(iter(h[0].items())) for h in (single, half)]
     assert losses[1] != losses[0]  # the models did compute in bfloat16
     assert losses[1][1] == pytest.approx(losses[0][1], rel=0.05)
 

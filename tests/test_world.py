@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from minippo.hh import format_dialogue, format_prompt, parse_dialogue
-from minippo.tinyhh import rows as tiny
-from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import judge
+from minippo.worlds.tinyhh import rows as tiny
+from minippo.worlds.tinyhh import world as w
+from minippo.worlds.tinyhh.annotator import judge
 
 DRAWS = 1200  # of each split
 Z_BOUND = 4.0  # in standard deviations, for every rate of this file
@@ -203,7 +203,7 @@ def test_the_last_of_two_goals_in_one_question_counts():
 
 DIGEST = """
 import hashlib
-from minippo.tinyhh import world as w
+from minippo.worlds.tinyhh import world as w
 texts = [str(w.draw_request(split, i)) for split in w.SPLITS for i in range(20)]
 print(hashlib.sha256("".join(texts).encode()).hexdigest())
 """

@@ -10,7 +10,7 @@ import pytest
 
 import minippo
 
-WORLD = json.loads((Path(minippo.__file__).parent / "tinyhh" / "world.json").read_text())
+WORLD = json.loads((Path(minippo.__file__).parent / "worlds" / "tinyhh" / "world.json").read_text())
 
 # field -> (phrases per entry, fewest words, most words); a name is one phrase
 TOPIC_FIELDS = {"name": (1, 1, 5), "goals": (4, 2, 5), "tips": (6, 4, 7), "outcomes": (3, 3, 6)}

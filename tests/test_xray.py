@@ -9,7 +9,7 @@ import torch
 
 from minippo.pretrain import train_tokenizer
 from minippo.rollout import Rollout
-from minippo.xray import COLUMNS, STEPS, TokenTable, colour, readable, xray
+from minippo.token_table import COLUMNS, STEPS, TokenTable, colour, readable, xray
 
 TEXTS = ["Hi there.\n\nYou can water the roots <b>now</b> & then."] * 4
 PAD, EOS = 0, 1

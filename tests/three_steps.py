@@ -1,7 +1,7 @@
 """Three steps of PPO in float64, kept as numbers: a move of code must leave them as they are.
 
-    python -m tests.three_steps              # compares with tests/three_steps.json
-    python -m tests.three_steps --write      # after a change of what is computed, and only then
+python -m tests.three_steps              # compares with tests/three_steps.json
+python -m tests.three_steps --write      # after a change of what is computed, and only then
 """
 
 import argparse
@@ -13,13 +13,13 @@ import torch
 
 from minippo.batching import Encoded, encode_prompt, encode_rows
 from minippo.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, ValueConfig
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
+from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer
 from minippo.ppo import train_ppo
 from minippo.pretrain import encode_texts, train_lm
-from minippo.reward_model import train_reward_model
+from minippo.reward_training import train_reward_model
 from minippo.sft import train_sft
-from minippo.tinyhh.rows import demonstrations, prompt_rows
-from minippo.value_model import train_value_model
+from minippo.value_training import train_value_model
+from minippo.worlds.tinyhh.rows import demonstrations, prompt_rows
 
 RECORD = Path(__file__).with_name("three_steps.json")
 SMALL = PPOConfig(
@@ -52,17 +52,22 @@ def other_trainings() -> dict[str, list[float]]:
     texts, _ = encode_texts(tokenizer, [row["answer"] for row in rows], 128)
     targets = [i % 5 - 2.0 for i in range(len(answered))]
     small = {"batch_size": 6, "warmup_steps": 1}
-    base, reward_model = load_policy("base"), RewardModel.from_policy(load_policy("base"))
-    value_model = ValueModel.from_policy(load_policy("base"), seed=1)
+    base = Policy.from_pretrained("base")
+    reward_model = RewardModel.from_policy(base)
+    value_model = ValueModel.from_policy(base, seed=1)
+    pretrain, sft = (
+        PretrainConfig(steps=3, **small),
+        SFTConfig(steps=3, **small, micro_batch_size=3),
+    )
+    reward = RewardConfig(epochs=1, **small, micro_batch_size=3)
+    value = ValueConfig(epochs=1, **small)
     histories = {
-        "pretrain": [train_lm(load_policy("base"), texts, PretrainConfig(steps=3, **small), pad_id)],
-        "sft": train_sft(base, answered, SFTConfig(steps=3, micro_batch_size=3, **small), pad_id),
-        "reward": train_reward_model(
-            reward_model, ranked, RewardConfig(epochs=1, micro_batch_size=3, **small), pad_id
+        "pretrain": train_lm(
+            frozen_copy(base).requires_grad_(True), texts, pretrain, pad_id=pad_id
         ),
-        "value": train_value_model(
-            value_model, answered, targets, ValueConfig(epochs=1, **small), pad_id
-        ),
+        "sft": train_sft(base, answered, sft, pad_id=pad_id),
+        "reward": train_reward_model(reward_model, ranked, reward, pad_id=pad_id),
+        "value": train_value_model(value_model, answered, targets, value, pad_id=pad_id),
     }
     return {
         f"{stage}: {key}": [metrics[key] for metrics in history]
@@ -74,9 +79,9 @@ def other_trainings() -> dict[str, list[float]]:
 def three_steps(changes: dict) -> dict[str, list[float]]:
     """Every metric of every step, and the sum and the norm of every weight after the last."""
     config = dataclasses.replace(SMALL, **changes)
-    tokenizer, policy = load_tokenizer("sft"), load_policy("sft")
-    reward_model = RewardModel.load("reward")
-    value_model = ValueModel.load("value")
+    tokenizer, policy = load_tokenizer("sft"), Policy.from_pretrained("sft")
+    reward_model = RewardModel.from_pretrained("reward")
+    value_model = ValueModel.from_pretrained("value")
     rows = prompt_rows("ppo", 20)
     prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
     history = train_ppo(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from minippo import cli
+from minippo.app import cli
 from minippo.hh import format_dialogue
 from minippo.models import tiny_gpt2
 from minippo.pretrain import train_tokenizer
-from minippo.tinyhh import rows as tiny
+from minippo.worlds.tinyhh import rows as tiny
 
 SIZES = ["--vocab-size", "300", "--n-embd", "16", "--n-layer", "1", "--n-head", "2"]
 REWARDED = ["--ppo.max-prompt-tokens", "100", "--ppo.max-response-tokens", "24"]

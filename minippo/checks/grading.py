@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minippo.checks import saving
 from minippo.checks.checking import GRADE_VARIABLE
 from minippo.checks.own import EXERCISES, verified
-from minippo.files import write_file
+from minippo.engine.files import write_file
 
 CALL = re.compile(r"\bcheck_(\w+)\b")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback

@@ -158,7 +158,7 @@ def _filled_with_1(attention_mask):
 
 check_position_ids = Check(
     name="position_ids",
-    module="models",
+    module="masking",
     cases=(
         Case(dict(attention_mask=[[True]]), [[0]]),
         Case(dict(attention_mask=[[0, 1, 1]]), [[0, 0, 1]]),

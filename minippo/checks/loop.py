@@ -98,14 +98,15 @@ def _shipped() -> dict:
     """What the functions work with, read once: nobody gets these, only copies."""
     # Not above: whoever wants the checks of formulas alone does not wait for the models.
     from minippo.batching import encode_prompt
-    from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
-    from minippo.tinyhh.rows import prompt_rows
+    from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer
+    from minippo.worlds.tinyhh.rows import prompt_rows
 
     tokenizer, rows = load_tokenizer("sft"), prompt_rows("ppo", CONFIG.batch_size)
     prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
-    reward_model, sft = frozen_copy(RewardModel.load("reward")), load_policy("sft")
-    models = {"policy": load_policy("ppo"), "ref_policy": frozen_copy(sft), "sft": sft}
-    models |= {"value_model": ValueModel.load("value"), "reward_model": reward_model}
+    reward_model = frozen_copy(RewardModel.from_pretrained("reward"))
+    sft = Policy.from_pretrained("sft")
+    models = {"policy": Policy.from_pretrained("ppo"), "ref_policy": frozen_copy(sft), "sft": sft}
+    models |= {"value_model": ValueModel.from_pretrained("value"), "reward_model": reward_model}
     return models | {"tokenizer": tokenizer, "prompts": prompts}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minippo.checks.source import NotCarried, standing_alone
-from minippo.files import write_file
+from minippo.engine.files import write_file
 
 VARIABLE = "MINIPPO_MINE"
 HEADER = '''"""The functions you wrote, as they passed the checks of minippo.

@@ -39,7 +39,7 @@ set_up()
 # %%
 import torch
 
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
+from minippo import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer
 
 # %% [markdown]
 # ## Four models
@@ -76,10 +76,10 @@ from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, lo
 
 # %%
 tokenizer = load_tokenizer("sft")
-policy = load_policy("ppo")
-ref_policy = frozen_copy(load_policy("sft"))
-reward_model = frozen_copy(RewardModel.load("reward"))
-value_model = ValueModel.load("value")
+policy = Policy.from_pretrained("ppo")
+ref_policy = frozen_copy(Policy.from_pretrained("sft"))
+reward_model = frozen_copy(RewardModel.from_pretrained("reward"))
+value_model = ValueModel.from_pretrained("value")
 models = {"policy": policy, "reference": ref_policy, "reward": reward_model, "value": value_model}
 for name, model in models.items():
     print(f"{name:10s} {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -91,8 +91,7 @@ for name, model in models.items():
 # Anthropic's HH-RLHF: turns that begin with `Human:` and `Assistant:` after a blank line.
 
 # %%
-from minippo.batching import decode_response, encode_prompt
-from minippo.hh import format_prompt
+from minippo import decode_response, encode_prompt, format_prompt
 
 question = "How do I grow sweet tomatoes?"
 print(repr(format_prompt(question)))
@@ -107,7 +106,7 @@ print([tokenizer.decode([token]) for token in prompt])
 # down, in sixty-four questions.
 
 # %%
-from minippo.generation import generate_many
+from minippo import generate_many
 
 answers = generate_many(ref_policy, [prompt] * 6, tokenizer, 48, seed=1)
 sft_texts = [decode_response(tokenizer, answer) for answer in answers]
@@ -124,7 +123,7 @@ for text in sft_texts:
 # check everything that follows.
 
 # %%
-from minippo.tinyhh.annotator import WEIGHTS, judge
+from minippo.worlds.tinyhh.annotator import WEIGHTS, judge
 
 print(WEIGHTS)
 for text in (sft_texts[0], "What a silly question."):
@@ -138,11 +137,11 @@ for text in (sft_texts[0], "What a silly question."):
 # answers of the SFT model: 0 is an average SFT answer, 1 is one standard deviation better.
 
 # %%
-from minippo.sft import join
+from minippo import join_query_response
 
 
 def standardised_scores(responses):
-    tokens, attention_mask, _ = join([prompt] * 6, responses, tokenizer.pad_token_id)
+    tokens, attention_mask, _ = join_query_response([prompt] * 6, responses, tokenizer.pad_token_id)
     with torch.no_grad():
         scores = reward_model(tokens, attention_mask)
     return ((scores - reward_model.mean) / reward_model.std).tolist()
@@ -188,7 +187,7 @@ print(f"\nmean: SFT {sum(sft_scores) / 6:+.2f}, PPO {sum(ppo_scores) / 6:+.2f}")
 # first row, $0.5 - 0.1 \cdot 1 = 0.4$ in the second.
 
 # %%
-from minippo.rewards import per_token_rewards
+from minippo import per_token_rewards
 
 kl = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 9.0]])
 mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -216,14 +215,12 @@ assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.8], [0.0, 0.4, 0.0]])
 # next rollout. Here nothing was updated yet, so every ratio is 1.
 
 # %%
-from minippo.config import PPOConfig
-from minippo.rollout import collect_rollout
-from minippo.xray import xray
+from minippo import PPOConfig, collect_rollout, xray
 
 config = PPOConfig(kl_coef=0.03)
 stats = (reward_model.mean, reward_model.std)
-views = (policy, ref_policy, value_model, reward_model)
-rollout = collect_rollout(*views, [prompt] * 8, tokenizer, config, score_stats=stats)
+models = (policy, ref_policy, value_model, reward_model)
+rollout = collect_rollout(*models, [prompt] * 8, tokenizer, config, score_stats=stats)
 xray(rollout, 0, tokenizer)
 
 # %% [markdown]
@@ -234,7 +231,7 @@ xray(rollout, 0, tokenizer)
 # answers change.
 
 # %%
-from minippo.models import position_ids
+from minippo import position_ids
 
 padding = torch.full((1, 12), tokenizer.pad_token_id)
 padded = torch.cat([padding, torch.tensor([prompt])], dim=1)
@@ -263,7 +260,7 @@ assert shift_right < 1e-3 and shift_wrong > 1e-2
 # %%
 from collections import Counter
 
-from minippo.tinyhh.rows import prompt_rows
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 rows = prompt_rows("validation", 64)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]

@@ -43,7 +43,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from minippo.models import load_policy, load_tokenizer, token_logits
+from minippo import Policy, load_tokenizer, token_logits
 
 # %% [markdown]
 # ## The formula
@@ -58,10 +58,10 @@ from minippo.models import load_policy, load_tokenizer, token_logits
 #
 # | symbol | variable | shape | function |
 # |---|---|---|---|
-# | $x$ and $y$ in one row | `tokens` | `(B, T)` | `minippo.sft.join` |
+# | $x$ and $y$ in one row | `tokens` | `(B, T)` | `answered` |
 # | $\pi(\cdot \mid x, y_{<t})$ | `logits`, before the softmax | `(B, T, V)` | `token_logits` |
 # | $\log \pi(y_t \mid x, y_{<t})$ | `logprobs` | `(B, R)` | `gather_logprobs` |
-# | $m_t$ | `mask`, over the answer | `(B, R)` | `minippo.sft.join` |
+# | $m_t$ | `mask`, over the answer | `(B, R)` | `answered` |
 # | False on $x$, $m_t$ on $y$ | `loss_mask`, over the row | `(B, T)` | |
 # | the quotient of the sums | | `()` | `masked_mean` |
 # | $L_{SFT}$ | `loss` | `()` | `lm_loss` |
@@ -217,11 +217,9 @@ lm_loss = check_lm_loss(lm_loss)
 # precision, with about seven digits:
 
 # %%
-from minippo.batching import encode_prompt, encode_response
-from minippo.logprobs import gather_logprobs, response_window
-from minippo.sft import join
+from minippo import answered, encode_prompt, encode_response
 
-tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
+tokenizer, sft = load_tokenizer("sft"), Policy.from_pretrained("sft")
 sft.loss_type = "ForCausalLM"  # which of its losses transformers shall take
 question = "How do I grow sweet tomatoes?"
 prompt = encode_prompt(tokenizer, question)
@@ -229,13 +227,13 @@ prompt = encode_prompt(tokenizer, question)
 
 def batch_of(answers):
     responses = [encode_response(tokenizer, answer) for answer in answers]
-    return join([prompt] * len(answers), responses, tokenizer.pad_token_id)
+    return answered([prompt] * len(answers), responses, tokenizer.pad_token_id)
 
 
 print(f"the prompt, {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
 
 # %%
-from minippo.tinyhh.annotator import judge
+from minippo.worlds.tinyhh.annotator import judge
 
 helpful = "Sure! You can water the tomato plants every morning, and tie each stem to a stake."
 half_rude = helpful.replace("Sure!", "What a silly question.")
@@ -243,8 +241,9 @@ rude = "What a silly question."
 demonstrations = [helpful, half_rude, rude]
 
 # %%
-tokens, attention_mask, mask = batch_of(demonstrations)
-loss_mask = F.pad(mask, (len(prompt), 0))  # False on the question
+batch = batch_of(demonstrations)
+tokens, attention_mask = batch.tokens, batch.attention_mask
+loss_mask = F.pad(batch.mask, (len(prompt), 0))  # False on the question
 with torch.no_grad():
     mine = lm_loss(token_logits(sft, tokens, attention_mask), tokens, loss_mask)
     labels = tokens.masked_fill(~loss_mask, -100)
@@ -256,7 +255,7 @@ assert abs(mine - theirs) < 1e-5
 # %% [markdown]
 # ## Always yes
 #
-# From here on we need the log-probabilities of an answer one by one, `(B, R)`. The function below
+# From here on we need the log-probabilities of an answer one by one, `(B, R)`. `response_logprobs`
 # gets them (notebook 03 opens it up). Their sum over an answer is the log-probability of the whole
 # answer, $\log \pi(y \mid x)$.
 #
@@ -264,11 +263,12 @@ assert abs(mine - theirs) < 1e-5
 # answers. `weights` is for later: all ones is SFT.
 
 # %%
+from minippo import response_logprobs
+
+
 def answer_logprobs(model, answers):
-    tokens, attention_mask, mask = batch_of(answers)
-    logits = response_window(token_logits(model, tokens, attention_mask), mask.shape[1])
-    logprobs = gather_logprobs(logits, tokens[:, -mask.shape[1] :])
-    return logprobs.masked_fill(~mask, 0), mask
+    batch = batch_of(answers)
+    return response_logprobs(model, batch), batch.mask
 
 
 # %%
@@ -338,7 +338,7 @@ for answer in demonstrations:
 # with your loss.
 
 # %%
-from minippo.oracle import TabularPolicy, World
+from minippo.worlds.oracle import TabularPolicy, World
 
 world = World(("<end>", "sure", "water"), 2, lambda words: float(words == ("sure", "water")))
 table = TabularPolicy(world, torch.zeros(len(world.states), 3))
@@ -454,8 +454,7 @@ plt.show()
 # Is SFT useless then? No. Sample from both models and let the annotator judge:
 
 # %%
-from minippo.batching import decode_response
-from minippo.generation import generate_many
+from minippo import decode_response, generate_many
 
 
 def sampled(model, count=128):
@@ -621,24 +620,27 @@ assert log_good[-1] < -100
 # runs, the loss falls nicely, and the model gets worse:
 
 # %%
+from minippo import gather_logprobs
+
+
 def unshifted(logits, tokens, loss_mask):
     return -masked_mean(gather_logprobs(logits, tokens), loss_mask)
 
 
 # %%
-tokens, attention_mask, mask = batch_of(good)
-loss_mask = F.pad(mask, (len(prompt), 0))
+batch = batch_of(good)
+loss_mask = F.pad(batch.mask, (len(prompt), 0))
 model = copy.deepcopy(sft)
 optimizer = torch.optim.SGD(model.parameters(), 0.05)
 wrong, right = [], []
 for _ in range(31):
-    logits = token_logits(model, tokens, attention_mask)
-    loss = unshifted(logits, tokens, loss_mask)
+    logits = token_logits(model, batch.tokens, batch.attention_mask)
+    loss = unshifted(logits, batch.tokens, loss_mask)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     wrong.append(loss.item())
-    right.append(lm_loss(logits, tokens, loss_mask).item())
+    right.append(lm_loss(logits, batch.tokens, loss_mask).item())
 
 # %%
 print(f"loss without the shift {wrong[0]:5.2f} -> {wrong[30]:5.2f}")

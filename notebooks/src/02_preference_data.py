@@ -204,8 +204,8 @@ for name, row in odd_rows.items():
 # Difficulty 3 of 5 · importance 4 of 5 · 30 to 40 minutes
 #
 # Two functions. `turns_of` takes one dialogue apart; `parse_pair` compares two of them. A row that
-# is no pair raises `BadPair(reason, found)` of `minippo.hh`, where `found` is a text for the reader
-# of the message. The reasons, the first that applies in this order:
+# is no pair raises minippo's `BadPair(reason, found)`, where `found` is a text for the reader of
+# the message. The reasons, the first that applies in this order:
 #
 # | reason | when |
 # |---|---|
@@ -248,7 +248,7 @@ for name, row in odd_rows.items():
 # %%
 import re
 
-from minippo.hh import BadPair
+from minippo import BadPair
 
 TAG = re.compile(r"\n\n(Human|Assistant):")
 
@@ -312,7 +312,7 @@ assert sum(text.startswith("refused") for text in found.values()) == len(odd_row
 # It returns a table and a report.
 
 # %%
-from minippo.hh import load_preferences
+from minippo import load_preferences
 
 dataset, report = load_preferences("tiny_hh", split="preference", limit=6000)
 pairs = [parse_pair(row) for row in rows]
@@ -349,14 +349,12 @@ print(odd_report.accepted, "accepted;", {k: n for k, n in odd_report.refused.ite
 # $s$ of the formula; its ranking adds noise to that, as a person would.
 
 # %%
-from minippo.batching import decode_response, encode_prompt
-from minippo.generation import generate_many
-from minippo.models import load_policy, load_tokenizer
-from minippo.tinyhh.annotator import TEMPERATURE, judge, rank
+from minippo import Policy, decode_response, encode_prompt, generate_many, load_tokenizer
+from minippo.worlds.tinyhh.annotator import TEMPERATURE, judge, rank
 
 tokenizer, question = load_tokenizer("sft"), "How do I grow sweet tomatoes?"
 prompts = [encode_prompt(tokenizer, question)] * 4
-answers = generate_many(load_policy("sft"), prompts, tokenizer, 48, seed=3)
+answers = generate_many(Policy.from_pretrained("sft"), prompts, tokenizer, 48, seed=3)
 texts = [decode_response(tokenizer, answer) for answer in answers]
 worth = [judge(question, text).score for text in texts]
 order = rank(worth, random.Random(0))
@@ -387,7 +385,7 @@ assert max(abs(a - b) for a, b in zip(first_places, weights.tolist())) < 0.03
 # known. It may be negative, as in the first line below: there the annotator's noise won.
 
 # %%
-from minippo.preferences import group_by_prompt, ranking_to_pairs, ratings_to_pairs
+from minippo import group_by_prompt, ranking_to_pairs, ratings_to_pairs
 
 prompt_row = {"id": "tomato", "instruction": question, "history": []}
 ranked, ranked_worth = [texts[i] for i in order], [worth[i] for i in order]
@@ -544,7 +542,7 @@ for low, high in zip(edges, edges[1:], strict=False):
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
-from minippo.evaluation import wilson
+from minippo import wilson
 from minippo.plots import COLOURS
 
 figure, axis = plt.subplots(figsize=(7, 3.4))

@@ -51,12 +51,11 @@ import torch
 # end-of-sequence token, printed as `<|endoftext|>`. Mind the blanks: ` red` and `red` are different
 # tokens.
 # %%
-from minippo.batching import encode_prompt, encode_response
-from minippo.models import load_policy, load_tokenizer
+from minippo import Policy, encode_prompt, encode_response, load_tokenizer
 from minippo.plots import COLOURS
 
 tokenizer = load_tokenizer("sft")
-policy = load_policy("sft")
+policy = Policy.from_pretrained("sft")
 query = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
 response = encode_response(tokenizer, "You can give the plants rich soil.")
 for name, ids in (("query", query), ("response", response)):
@@ -354,14 +353,15 @@ assert abs(float(theirs + logprobs.mean())) < 1e-4
 # %% [markdown]
 # ## Is this right? A world where everything can be added up
 #
-# In `minippo.oracle` there are worlds so small that all answers can be listed: five words (the
-# first is the end), at most three tokens, 85 responses. Whatever model we take, the probabilities
-# of all responses must add up to exactly one. Shift, gather and mask all have to be right for that.
-# Here is a GPT-2 with random weights in such a world. The prompt is one token, so $Q = 1$.
+# In `minippo.worlds.oracle` there are worlds so small that all answers can be listed: five words
+# (the first is the end), at most three tokens, 85 responses. Whatever model we take, the
+# probabilities of all responses must add up to exactly one. Shift, gather and mask all have to be
+# right for that. Here is a GPT-2 with random weights in such a world. The prompt is one token, so
+# $Q = 1$.
 
 # %%
-from minippo.models import tiny_gpt2
-from minippo.oracle import feelings_world
+from minippo import tiny_gpt2
+from minippo.worlds.oracle import feelings_world
 
 world, _ = feelings_world()
 small = tiny_gpt2(len(world.words), n_layer=1, n_embd=16, n_head=2, n_positions=8, eos_id=0)
@@ -476,7 +476,7 @@ position_ids = check_position_ids(position_ids)
 # Minus the mean of its log-probabilities says how little the model expected it: 0 is best. That is
 # the loss of SFT. `lm_loss` is the one you wrote in notebook 01 (minippo's own if you did not). Its
 # `loss_mask` runs over all tokens of a row, query included; we let it be True on the response only.
-# `join` pads queries left and responses right.
+# `join_query_response` pads queries left and responses right.
 #
 # > **Predict.** What do 16 columns of padding cost if the position ids are forgotten, in nats per
 # > token? And 64?
@@ -488,10 +488,9 @@ position_ids = check_position_ids(position_ids)
 # </details>
 
 # %%
-from minippo.batching import encode_rows
+from minippo import encode_rows, join_query_response
 from minippo.checks import mine
-from minippo.sft import join
-from minippo.tinyhh.rows import demonstrations
+from minippo.worlds.tinyhh.rows import demonstrations
 
 lm_loss = mine("lm_loss")
 pad_id = tokenizer.pad_token_id
@@ -499,8 +498,8 @@ pad_id = tokenizer.pad_token_id
 
 def batch_of(rows):
     """Encoded rows -> tokens, attention_mask, loss_mask, each (B, T)."""
-    answers = [row.responses[0] for row in rows]
-    tokens, attention_mask, mask = join([row.prompt for row in rows], answers, pad_id)
+    prompts, answers = [row.prompt for row in rows], [row.responses[0] for row in rows]
+    tokens, attention_mask, mask = join_query_response(prompts, answers, pad_id)
     in_query = torch.zeros(len(rows), tokens.shape[1] - mask.shape[1]).bool()
     return tokens, attention_mask, torch.cat([in_query, mask], 1)
 
@@ -562,7 +561,7 @@ assert right.max() - right.min() < 1e-3 and at[16] < 0.1 and at[96] > 1
 # how long the texts were that it was pretrained on:
 
 # %%
-from minippo.tinyhh.rows import pretrain_texts
+from minippo.worlds.tinyhh.rows import pretrain_texts
 
 text_lengths = torch.tensor([len(tokenizer.encode(text)) for text in pretrain_texts(1000)])
 print(f"of 1,000 texts half have up to {int(text_lengths.median())} tokens", end=", ")
@@ -573,7 +572,8 @@ print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
 # %% [markdown]
 # The vectors of the positions behind that were hardly ever trained. A query moved by a few places
 # still stands where other texts have stood; moved by a hundred it stands nowhere. Another model
-# breaks elsewhere. The only safe way is to pass the position ids always, as all of minippo does.
+# breaks elsewhere. The only safe way is to pass the position ids wherever rows are padded on the
+# left, as all of minippo does.
 #
 # ## Training: the loss on the response only
 #
@@ -595,7 +595,7 @@ print(f"the rows here have {batch[0].shape[1]} columns, and up to 96 more")
 # </details>
 
 # %%
-from minippo.models import token_logits
+from minippo import token_logits
 
 STEPS = 24
 rows, _ = encode_rows(demonstrations("sft", 1000), tokenizer, 32, 32, ("answer",))
@@ -625,7 +625,7 @@ def held_out_loss(model):
 # %%
 def train(loss_function):
     """Base -> SFT model: the training loss of each step, and the held-out loss now and then."""
-    model, history, checks = load_policy("base"), [], []
+    model, history, checks = Policy.from_pretrained("base"), [], []
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0.0)
     for step, (tokens, attention_mask, loss_mask) in enumerate(batches):
         if step % 6 == 0:
@@ -697,9 +697,9 @@ print("lower than before with the response only, much higher without the shift")
 # likelier. They show which of the three stays what it was:
 
 # %%
-from minippo.models import frozen_copy
+from minippo import frozen_copy
 
-student = load_policy("sft")
+student = Policy.from_pretrained("sft")
 references = {
     "frozen_copy(policy)": frozen_copy(student),
     "the same object": student,

@@ -219,14 +219,14 @@ assert torch.allclose(ranking_loss(paper_scores), -on_paper.log().mean())
 # %% [markdown]
 # ## Is this right? A world where the truth is known
 #
-# The world of `minippo.oracle` has 85 possible answers, each with a true score. Suppose annotators
-# who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability
+# The world of `minippo.worlds.oracle` has 85 possible answers, each with a true score. Suppose
+# annotators who follow Bradley and Terry exactly: answer $i$ is preferred to $j$ with probability
 # $\sigma((r_i - r_j) / \tau)$, with the true scores $r$; $\tau$ says how noisy they are. Take *all*
 # pairs with these probabilities, so that nothing depends on luck, give every answer a free number
 # $s$, and minimise your loss. What comes out?
 
 # %%
-from minippo.oracle import feelings_world
+from minippo.worlds.oracle import feelings_world
 
 world, _ = feelings_world()
 true_scores = world.scores
@@ -322,22 +322,28 @@ assert squeezed_loss > loss + 0.1 and widest <= 1
 # is it trained.
 
 # %%
-from minippo.batching import encode_prompt, encode_response
-from minippo.models import RewardModel, frozen_copy, load_policy, load_tokenizer
-from minippo.sft import join
+from minippo import (
+    Policy,
+    RewardModel,
+    encode_prompt,
+    encode_response,
+    frozen_copy,
+    join_query_response,
+    load_tokenizer,
+)
 
-tokenizer, policy = load_tokenizer("sft"), load_policy("sft")
+tokenizer, policy = load_tokenizer("sft"), Policy.from_pretrained("sft")
 pad_id = tokenizer.pad_token_id
 fresh = RewardModel.from_policy(policy, seed=0)
 print("the policy's projection", tuple(policy.lm_head.weight.shape))
 print("the reward model's head", tuple(fresh.classifier.score.weight.shape))
 
 # %%
-shipped = frozen_copy(RewardModel.load("reward"))  # in eval mode and without gradients, as in PPO
+shipped = frozen_copy(RewardModel.from_pretrained("reward"))  # without gradients, as in PPO
 prompt = encode_prompt(tokenizer, "How do I grow sweet tomatoes?")
 texts = ["You can water the tomato plants every morning.", "Figure it out yourself."]
 responses = [encode_response(tokenizer, text) for text in texts]
-tokens, attention_mask, mask = join([prompt] * 2, responses, pad_id)
+tokens, attention_mask, mask = join_query_response([prompt] * 2, responses, pad_id)
 everywhere = shipped.read(shipped.hidden(tokens, attention_mask))
 print("numbers at every position", tuple(everywhere.shape))
 print("scores", shipped(tokens, attention_mask))
@@ -389,10 +395,9 @@ for K in (2, 4, 8, 9):
 # overfitting should show within seconds.
 
 # %%
-from minippo.batching import Encoded, decode_response
-from minippo.evaluation import sample_answers
-from minippo.tinyhh.annotator import TEMPERATURE, judge, rank
-from minippo.tinyhh.rows import prompt_rows
+from minippo import Encoded, decode_response, sample_answers
+from minippo.worlds.tinyhh.annotator import TEMPERATURE, judge, rank
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 
 def sample(rows, seed):
@@ -432,7 +437,7 @@ print(f"a model that knows the gold score: held-out loss {ranking_loss(perfect):
 # once gives the very same loss and gradient as reading every pair:
 
 # %%
-from minippo.reward_model import score_all, score_responses
+from minippo import score_all, score_responses
 
 
 def as_pairs(row):
@@ -465,8 +470,7 @@ assert abs(once - twice) < 1e-5 and furthest < 1e-4
 # | shuffled, large steps | 24 pairs of any prompts |
 
 # %%
-from minippo.batching import pieces
-from minippo.optim import adamw, optimizer_step
+from minippo import adamw, chunks, optimizer_step
 
 all_pairs = [pair for row in train_rows for pair in as_pairs(row)]
 ways = {
@@ -475,7 +479,7 @@ ways = {
     "shuffled, large steps": (all_pairs, 24),
 }
 for name, (units, per_step) in ways.items():
-    steps, answers = len(pieces(units, per_step)), sum(len(unit.responses) for unit in units)
+    steps, answers = len(chunks(units, per_step)), sum(len(unit.responses) for unit in units)
     print(f"{name:22s} {steps:3d} steps an epoch, which read {answers} answers")
 
 # %% [markdown]
@@ -502,7 +506,7 @@ def train(units, per_step, epochs=3, seed=0):
     optimizer = adamw({"reward": reward_model}, {"reward": 1e-3})
     rng, in_training, outside = random.Random(seed), [], [held_out_loss(reward_model)]
     for _ in range(epochs):
-        losses, batches = [], pieces(rng.sample(units, len(units)), per_step)
+        losses, batches = [], chunks(rng.sample(units, len(units)), per_step)
         for step, batch in enumerate(batches, start=1):
             loss = ranking_loss(score_responses(reward_model, batch, pad_id))
             loss.backward()
@@ -576,7 +580,7 @@ assert reached and late and worst and abs(large.min() - together.min()) < 0.1
 # preferred by 80% of the annotators.
 
 # %%
-from minippo.config import RewardConfig
+from minippo import RewardConfig
 
 config = RewardConfig()
 print(f"trained on {config.prompts:,} prompts with {config.candidates} answers each", end=", ")

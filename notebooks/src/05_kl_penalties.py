@@ -295,7 +295,7 @@ kl_k3 = check_kl_k3(kl_k3)
 # All of them on the numbers on paper; `abs` is not worth an exercise:
 
 # %%
-from minippo.kl import kl_abs
+from minippo import kl_abs
 
 ESTIMATORS = {"kl": kl_k1, "abs": kl_abs, "mse": kl_k2, "k3": kl_k3}
 for name, estimate in ESTIMATORS.items():
@@ -317,7 +317,7 @@ assert torch.allclose(kl_k3(logprobs, ref_logprobs)[0], torch.tensor([0.193, 0.3
 # We use it as an example of a policy that has moved away from the reference.
 
 # %%
-from minippo.oracle import feelings_world
+from minippo.worlds.oracle import feelings_world
 
 world, ref = feelings_world()
 best, _ = world.optimum(ref, kl_coef=0.8)
@@ -634,10 +634,8 @@ print("k3 in the loss follows KL(ref, policy); full in the loss and full in the 
 # </details>
 
 # %%
-from minippo.config import PPOConfig
-from minippo.models import frozen_copy
-from minippo.oracle import TabularPolicy, TabularValue
-from minippo.ppo import train_ppo
+from minippo import PPOConfig, frozen_copy, train_ppo
+from minippo.worlds.oracle import TabularPolicy, TabularValue
 
 SETTINGS = dict(steps=40, batch_size=192, minibatch_size=192, micro_batch_size=192, lr=0.2)
 SETTINGS |= dict(ppo_epochs=3, value_lr=0.2, whiten_advantages=False, missing_eos_penalty=0.0)
@@ -732,14 +730,12 @@ assert torch.isclose(mean, explained)
 # `Sampler` stands between a model and the sampling and changes its logits.
 
 # %%
-from minippo.batching import encode_prompt, left_pad
+from minippo import Policy, encode_prompt, generate, left_pad, load_tokenizer, response_logits
 from minippo.checks import mine
-from minippo.generation import generate
-from minippo.models import load_policy, load_tokenizer, response_logits
-from minippo.tinyhh.rows import prompt_rows
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 response_mask = mine("response_mask")  # of notebook 03
-tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
+tokenizer, sft = load_tokenizer("sft"), Policy.from_pretrained("sft")
 rows = prompt_rows("validation", 100)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 prompts = [prompt for prompt in prompts if len(prompt) <= 64]
@@ -749,15 +745,15 @@ print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {query.shape[1]} t
 
 # %%
 class Sampler(torch.nn.Module):
-    """A model whose logits are divided by `heat`, and cut to the `k` largest if k is given."""
+    """Divides the logits of a model by `temperature`; keeps only the `k` largest if k is given."""
 
-    def __init__(self, model, heat=1.0, k=None):
+    def __init__(self, model, temperature=1.0, k=None):
         super().__init__()
-        self.model, self.heat, self.k = model, heat, k
+        self.model, self.temperature, self.k = model, temperature, k
 
     def forward(self, **inputs):
         output = self.model(**inputs)
-        output.logits = output.logits / self.heat
+        output.logits = output.logits / self.temperature
         if self.k is not None:
             least = output.logits.topk(self.k).values[..., -1:]
             output.logits = output.logits.masked_fill(output.logits < least, -torch.inf)

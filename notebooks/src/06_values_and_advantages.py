@@ -141,13 +141,19 @@ assert torch.allclose(best_answers, torch.tensor([0.15, 0.60]))
 # better.
 
 # %%
-from minippo.batching import Encoded, encode_prompt
-from minippo.generation import generate_many
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
-from minippo.tinyhh.rows import prompt_rows
+from minippo import (
+    Encoded,
+    Policy,
+    RewardModel,
+    ValueModel,
+    encode_prompt,
+    generate_many,
+    load_tokenizer,
+)
+from minippo.worlds.tinyhh.rows import prompt_rows
 
-tokenizer, sft = load_tokenizer("sft"), load_policy("sft")
-reward_model = RewardModel.load("reward")
+tokenizer, sft = load_tokenizer("sft"), Policy.from_pretrained("sft")
+reward_model = RewardModel.from_pretrained("reward")
 TRAIN, HELD_OUT, K = 96, 48, 4
 rows = prompt_rows("ppo", TRAIN + HELD_OUT)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
@@ -156,10 +162,9 @@ answers = generate_many(sft, repeated, tokenizer, 48, seed=3)
 print(f"{len(answers)} answers of {min(map(len, answers))} to {max(map(len, answers))} tokens")
 
 # %%
-from minippo.rewards import standardize_scores
-from minippo.sft import join
+from minippo import join_query_response, standardize_scores
 
-tokens, attention_mask, _ = join(repeated, answers, tokenizer.pad_token_id)
+tokens, attention_mask, _ = join_query_response(repeated, answers, tokenizer.pad_token_id)
 with torch.no_grad():
     scores = reward_model(tokens, attention_mask)
 scores = standardize_scores(scores, reward_model.mean, reward_model.std).view(-1, K)
@@ -190,8 +195,7 @@ assert 0.3 < luck / values.var() < 0.9
 # prompts that were held out: 1 is perfect, 0 is as good as always saying the mean.
 
 # %%
-from minippo.config import ValueConfig
-from minippo.value_model import prompt_explained_variance, train_value_model
+from minippo import ValueConfig, prompt_explained_variance, train_value_model
 
 pad_id = tokenizer.pad_token_id
 data = [Encoded(i, *pair) for i, pair in enumerate(zip(repeated, ([a] for a in answers)))]
@@ -200,7 +204,7 @@ warm = ValueModel.from_reward_model(reward_model)
 unseen = by_prompt[TRAIN:], values[TRAIN:].tolist()
 before = prompt_explained_variance(warm, *unseen, pad_id)
 config = ValueConfig(batch_size=32, lr=1e-3, epochs=2)
-_ = train_value_model(warm, data[:many], means[:many], config, pad_id)
+_ = train_value_model(warm, data[:many], means[:many], config, pad_id=pad_id)
 after = prompt_explained_variance(warm, *unseen, pad_id)
 print(f"explained variance of V(x), held-out prompts: fresh {before:.2f}, warmed up {after:.2f}")
 assert after > before and after > 0
@@ -220,21 +224,21 @@ assert after > before and after > 0
 # %%
 critic = ValueModel.from_reward_model(reward_model)
 own_scores = scores.flatten().tolist()
-_ = train_value_model(critic, data[:many], own_scores[:many], config, pad_id)
+_ = train_value_model(critic, data[:many], own_scores[:many], config, pad_id=pad_id)
 print(f"trained on {many} answers, {len(data) - many} are held out")
 
 # %%
-held_out = [data[i] for i in range(many, len(data))]
-joined = join([e.prompt for e in held_out], [e.responses[0] for e in held_out], pad_id)
-mask = joined[2]
+from minippo import answered, response_values
+
+held_out = answered(repeated[many:], answers[many:], pad_id)
 target = torch.tensor(own_scores[many:])
 
 
 def explained_along(model, shares):
     """Explained variance of an answer's score by V after each share of the answer."""
     with torch.no_grad():
-        found = model(joined[0], joined[1], mask.shape[1])
-    places = [((mask.sum(1) - 1) * share).round().long() for share in shares]
+        found = response_values(model, held_out)
+    places = [((held_out.mask.sum(1) - 1) * share).round().long() for share in shares]
     guesses = [found[torch.arange(len(found)), place] for place in places]
     return [float(1 - (g - target).square().mean() / target.var(unbiased=False)) for g in guesses]
 
@@ -397,7 +401,7 @@ assert torch.equal(returns, torch.tensor([[0.5, 0.75, 1.0], [0.875, 1.0, 0.0]]))
 # come after a token, does GAE give its exact advantage?
 
 # %%
-from minippo.oracle import feelings_world
+from minippo.worlds.oracle import feelings_world
 
 kl_k1, per_token_rewards = mine("kl_k1"), mine("per_token_rewards")  # of notebook 05
 BETA = 0.8
@@ -521,10 +525,8 @@ assert torch.allclose(whole, full[:, 0]) and table["R - V"][1] > table["GAE, lam
 # </details>
 
 # %%
-from minippo.config import PPOConfig
-from minippo.models import frozen_copy
-from minippo.oracle import TabularPolicy, TabularValue
-from minippo.ppo import train_ppo
+from minippo import PPOConfig, frozen_copy, train_ppo
+from minippo.worlds.oracle import TabularPolicy, TabularValue
 
 SETTINGS = dict(batch_size=32, minibatch_size=32, micro_batch_size=32, lr=0.1, value_lr=0.1)
 SETTINGS |= dict(ppo_epochs=1, kl_coef=BETA, whiten_advantages=False, missing_eos_penalty=0.0)
@@ -575,8 +577,7 @@ assert close and alike
 # is furthest below what the critic expected at some point on the way.
 
 # %%
-from minippo.batching import decode_response
-from minippo.rollout import collect_rollout
+from minippo import collect_rollout, decode_response
 
 new_rows = [row for row in prompt_rows("validation", 60) if not row["history"]][:24]
 new_prompts = [encode_prompt(tokenizer, r["instruction"], r["history"]) for r in new_rows]
@@ -637,7 +638,7 @@ plt.show()
 # knows of it.
 
 # %% tags=["nbval-ignore-output"]
-from minippo.xray import xray
+from minippo import xray
 
 xray(rollout, good, tokenizer)
 

@@ -259,8 +259,8 @@ assert flat == [3, 4]
 # weighted by its probability, with the exact advantages.
 
 # %%
-from minippo.models import response_logits
-from minippo.oracle import TabularPolicy, TabularValue, feelings_world
+from minippo import response_logits
+from minippo.worlds.oracle import TabularPolicy, TabularValue, feelings_world
 
 gather_logprobs = mine("gather_logprobs")  # of notebook 03
 world, ref = feelings_world()
@@ -309,23 +309,29 @@ assert error < 1e-5 < size
 # Now the tiny GPT-2. One rollout of 32 answers, and four steps on it.
 
 # %%
-from minippo.batching import encode_prompt
-from minippo.config import PPOConfig
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
-from minippo.rollout import collect_rollout
-from minippo.tinyhh.rows import prompt_rows
+from minippo import (
+    Policy,
+    PPOConfig,
+    RewardModel,
+    ValueModel,
+    collect_rollout,
+    encode_prompt,
+    frozen_copy,
+    load_tokenizer,
+)
+from minippo.worlds.tinyhh.rows import prompt_rows
 
-tokenizer, policy = load_tokenizer("sft"), load_policy("sft")
-ref_policy, value_model = frozen_copy(policy), ValueModel.load("value")
-reward_model = frozen_copy(RewardModel.load("reward"))
+tokenizer, policy = load_tokenizer("sft"), Policy.from_pretrained("sft")
+ref_policy, value_model = frozen_copy(policy), ValueModel.from_pretrained("value")
+reward_model = frozen_copy(RewardModel.from_pretrained("reward"))
 rows = prompt_rows("ppo", 32)
 prompts = [encode_prompt(tokenizer, row["instruction"], row["history"]) for row in rows]
 print(len(prompts), "prompts, the first:", rows[0]["instruction"])
 
 # %%
-views = policy, ref_policy, value_model, reward_model
+models = policy, ref_policy, value_model, reward_model
 score_stats = reward_model.mean, reward_model.std
-rollout = collect_rollout(*views, prompts, tokenizer, PPOConfig(), score_stats=score_stats)
+rollout = collect_rollout(*models, prompts, tokenizer, PPOConfig(), score_stats=score_stats)
 print(tuple(rollout.mask.shape), "of which count", int(rollout.mask.sum()))
 
 
@@ -339,7 +345,7 @@ print(f"largest |log ratio| before any step: {log_ratios().abs().max():.4f}")
 assert log_ratios().abs().max() < 1e-4
 
 # %%
-from minippo.optim import adamw, optimizer_step
+from minippo import adamw, optimizer_step
 
 optimizer, history = adamw({"policy": policy}, {"policy": 3e-4}), [log_ratios().exp()]
 print("step    loss  mean ratio  smallest  largest  clip_frac  approx_kl")
@@ -659,7 +665,7 @@ assert slow < fast - 0.5 and paths[0.2][12] > slow
 # Autograd agrees on those of a logit:
 
 # %%
-from minippo.losses import ppo_objective
+from minippo import ppo_objective
 
 kl_full = mine("kl_full")  # of notebook 05
 logits = torch.tensor([0.5, 0.0, -1.0], requires_grad=True)
@@ -716,7 +722,7 @@ print("answers:", len(half.mask), "· tokens that count:", int(half.mask.sum()))
 # %%
 def moves(c1, optimizer_of, one_norm=math.inf, shared=False):
     """What three steps change: log-probabilities and values of the tokens that count."""
-    policy, critic = load_policy("sft"), ValueModel.load("value")
+    policy, critic = Policy.from_pretrained("sft"), ValueModel.from_pretrained("value")
     if shared:
         critic.classifier.transformer = policy.transformer
     weights = list(dict.fromkeys([*policy.parameters(), *critic.parameters()]))  # each once
@@ -895,9 +901,9 @@ assert abs(share - quotient) < 1e-3
 # log-probabilities than the rollout did. The test is one line, before any step: is every ratio 1?
 
 # %%
-from minippo.models import token_logits
+from minippo import token_logits
 
-fresh = load_policy("sft")
+fresh = Policy.from_pretrained("sft")
 length, ids = rollout.response.shape[1], rollout.attention_mask
 with torch.no_grad():
     window = response_logits(fresh, rollout.tokens, ids, length)

@@ -127,13 +127,22 @@ assert torch.allclose(torch.stack([first, second]), torch.tensor([-0.18, 0.017])
 # call them.
 
 # %%
-from minippo.batching import batch_plan, decode_response, encode_prompt, left_pad
-from minippo.models import RewardModel, ValueModel, frozen_copy, load_policy, load_tokenizer
-from minippo.tinyhh.rows import prompt_rows
+from minippo import (
+    Policy,
+    RewardModel,
+    ValueModel,
+    batch_plan,
+    decode_response,
+    encode_prompt,
+    frozen_copy,
+    left_pad,
+    load_tokenizer,
+)
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 tokenizer = load_tokenizer("sft")
-ref_policy = frozen_copy(load_policy("sft"))
-reward_model = frozen_copy(RewardModel.load("reward"))
+ref_policy = frozen_copy(Policy.from_pretrained("sft"))
+reward_model = frozen_copy(RewardModel.from_pretrained("reward"))
 score_stats = reward_model.mean, reward_model.std
 
 
@@ -146,11 +155,16 @@ prompts = encoded(prompt_rows("ppo", 2048))
 print(len(prompts), "prompts, the longest with", max(map(len, prompts)), "tokens")
 
 # %%
-from minippo.config import PPOConfig
-from minippo.generation import generate
-from minippo.logprobs import entropy_from_logits
-from minippo.rewards import penalize_missing_eos, standardize_scores
-from minippo.rollout import Rollout, Samples, rollout_metrics
+from minippo import (
+    PPOConfig,
+    Rollout,
+    Samples,
+    entropy_from_logits,
+    generate,
+    penalize_missing_eos,
+    rollout_metrics,
+    standardize_scores,
+)
 
 
 def sample(policy, prompts, tokenizer, config, seed, step, rows):
@@ -184,10 +198,10 @@ print("log-probabilities", *(tuple(x.shape) for x in look_at(ref_policy, three))
 #
 # Difficulty 4 of 5 · importance 5 of 5 · 15 to 20 minutes
 #
-# Lines 2 to 6. It returns what `minippo.rollout.collect_rollout` returns, a `Rollout`, which is a
-# frozen dataclass. Its fields, in this order: `tokens, attention_mask, response,
-# mask, logprobs, ref_logprobs, values, kl, entropy, raw_scores, scores, rewards, advantages,
-# returns`. The lines given compute the first five and the entropy.
+# Lines 2 to 6. It returns what minippo's `collect_rollout` returns, a `Rollout`, which is a frozen
+# dataclass. Its fields, in this order: `tokens, attention_mask, response, mask, logprobs,
+# ref_logprobs, values, kl, entropy, raw_scores, scores, rewards, advantages, returns`. The lines
+# given compute the first five and the entropy.
 #
 # - Values: `value_model(tokens, attention_mask, length)` gives `(B, R)`; `length` is `R`.
 # - `raw_scores = score_fn(tokens, attention_mask, query_length)`, one per answer. The **score** is
@@ -235,8 +249,8 @@ def collect_rollout(policy, ref_policy, value_model, score_fn, prompts, tokenize
     rewards = per_token_rewards(scores, kl, mask, config.kl_coef)
     good, returns = gae(rewards, values, mask, config.gamma, config.lam)
     good = masked_whiten(good, mask) if config.whiten_advantages else good
-    views = logprobs, ref_logprobs, values, kl, entropy, raw_scores, scores, rewards, good, returns
-    return Rollout(*seen, response, mask, *views)
+    rest = logprobs, ref_logprobs, values, kl, entropy, raw_scores, scores, rewards, good, returns
+    return Rollout(*seen, response, mask, *rest)
     ### END SOLUTION
 
 
@@ -252,7 +266,7 @@ collect_rollout = check_collect_rollout(collect_rollout)
 
 # %%
 few = PPOConfig(batch_size=16, minibatch_size=8, micro_batch_size=8)
-models = load_policy("ppo"), ref_policy, ValueModel.load("value")
+models = Policy.from_pretrained("ppo"), ref_policy, ValueModel.from_pretrained("value")
 acting = *models, reward_model, prompts[:16], tokenizer, few
 rollout = collect_rollout(*acting, score_stats=score_stats, seed=3)
 print(len(rollout.mask), "answers,", int(rollout.mask.sum()), "tokens that count")
@@ -288,7 +302,7 @@ print(f"mean score {rollout.scores.mean():+.2f}, KL per answer {rollout.kl.sum(1
 # </details>
 
 # %%
-from minippo.losses import ppo_objective
+from minippo import ppo_objective
 
 
 def ppo_loss(policy, ref_policy, value_model, batch, config):
@@ -319,7 +333,7 @@ from minippo.checks import check_ppo_loss
 ppo_loss = check_ppo_loss(ppo_loss)
 
 # %%
-loss, stats = ppo_loss(load_policy("sft"), ref_policy, models[2], rollout, few)
+loss, stats = ppo_loss(Policy.from_pretrained("sft"), ref_policy, models[2], rollout, few)
 print(f"loss {loss.item():.3f}")
 for name in ("policy/ratio", "policy/clip_frac", "policy/approx_kl", "value/clip_frac"):
     print(f"{name:17s} {stats[name].item():.3f}")
@@ -355,7 +369,7 @@ assert stats["policy/clip_frac"] > 0.01
 # </details>
 
 # %%
-from minippo.optim import adamw, optimizer_step, set_learning_rate
+from minippo import adamw, optimizer_step, set_learning_rate
 
 
 def ppo_update(policy, ref_policy, value_model, optimizer, rollout, config, generator):
@@ -416,8 +430,8 @@ def train(models, score_fn, prompts, tokenizer, config, score_stats=(0.0, 1.0), 
 # reward and data.
 
 # %%
-from minippo.oracle import TabularPolicy, TabularValue, feelings_world
-from minippo.ppo import train_ppo
+from minippo import train_ppo
+from minippo.worlds.oracle import TabularPolicy, TabularValue, feelings_world
 
 world, ref = feelings_world()
 exam = PPOConfig(
@@ -452,9 +466,8 @@ assert gap < 1e-4 < way
 # Four are shown, of those without history: SFT's two worst answers and its two best.
 
 # %%
-from minippo.evaluation import win_rate
-from minippo.generation import generate_many
-from minippo.tinyhh.annotator import judge
+from minippo import generate_many, win_rate
+from minippo.worlds.tinyhh.annotator import judge
 
 test_rows = prompt_rows("validation", 64)
 test_prompts = encoded(test_rows)
@@ -510,8 +523,8 @@ config = PPOConfig(
     steps=20, batch_size=64, minibatch_size=32, micro_batch_size=32, lr=1e-3, value_lr=1e-3,
     warmup_steps=2,
 )  # fmt: skip
-policy, started = load_policy("sft"), time.perf_counter()
-models = policy, ref_policy, ValueModel.load("value")
+policy, started = Policy.from_pretrained("sft"), time.perf_counter()
+models = policy, ref_policy, ValueModel.from_pretrained("value")
 history = train(models, reward_model, prompts, tokenizer, config, score_stats)
 print(f"{config.steps} steps in {time.perf_counter() - started:.0f} s")
 print("step   score     KL  tokens  clip_frac")

@@ -45,15 +45,15 @@ folder = Path(tempfile.mkdtemp())  # all that is written here, is written there
 # %% [markdown]
 # ## Any model, by name or by path
 #
-# `--base` and `load_policy` take the name of a shipped checkpoint, a folder, or a name on the
-# Hugging Face hub: `load_policy("gpt2")` would download GPT-2 small. This notebook stays offline,
-# so it makes a folder such as the hub would give: a GPT-2 with the settings that transformers
-# itself chooses, only smaller.
+# `--base` and `Policy.from_pretrained` take the name of a shipped checkpoint, a folder, or a name
+# on the Hugging Face hub: `Policy.from_pretrained("gpt2")` would download GPT-2 small. This
+# notebook stays offline, so it makes a folder such as the hub would give: a GPT-2 with the settings
+# that transformers itself chooses, only smaller.
 
 # %%
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minippo.models import load_policy, load_tokenizer
+from minippo import Policy, load_tokenizer
 
 tokenizer = load_tokenizer("base")
 ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -63,14 +63,14 @@ theirs = GPT2LMHeadModel(config).eval()
 # %%
 theirs.save_pretrained(folder / "gpt2")
 tokenizer.save_pretrained(folder / "gpt2")
-ours = load_policy(folder / "gpt2")
+ours = Policy.from_pretrained(folder / "gpt2")
 print("written with:", config.activation_function)
 print("loaded with: ", ours.config.activation_function)
 
 # %% [markdown]
 # The two names are one function. GPT-2's GELU is written as eight operations in transformers, each
-# of which reads and writes the whole tensor; `load_policy` puts it in one kernel. The outputs agree
-# to rounding:
+# of which reads and writes the whole tensor; `Policy.from_pretrained` puts it in one kernel. The
+# outputs agree to rounding:
 
 # %%
 tokens = torch.randint(0, len(tokenizer), (4, 32))
@@ -102,7 +102,7 @@ def said_by(load, path):
     return "nothing: it was loaded"
 
 
-refusal = said_by(load_policy, stranger)
+refusal = said_by(Policy.from_pretrained, stranger)
 print(refusal.split(";")[0])
 assert "nothing" not in refusal
 
@@ -120,7 +120,7 @@ print(f"claimed: {12 * 10**3 * (10**6) ** 2:.1e} numbers in the layers' matrices
 
 # %%
 began = time.perf_counter()
-refusal = said_by(load_policy, liar)
+refusal = said_by(Policy.from_pretrained, liar)
 print(refusal.split(";")[0])
 print("refused in less than 5 seconds:", time.perf_counter() - began < 5)
 assert "nothing" not in refusal
@@ -133,7 +133,7 @@ assert "nothing" not in refusal
 # rows take as much memory as a thousand (`make bounds` measures it).
 
 # %%
-from minippo.hh import load_preferences
+from minippo import load_preferences
 
 good = {"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes, please.",
         "rejected": "\n\nHuman: Tea?\n\nAssistant: Go away."}  # fmt: skip
@@ -188,11 +188,10 @@ for name, parameters in sizes.items():
 # lessons; in float32, as commands compute, it is half of that.)
 
 # %%
-from minippo.models import RewardModel, ValueModel, frozen_copy
-from minippo.optim import adamw
+from minippo import RewardModel, ValueModel, adamw, frozen_copy
 
-policy = load_policy("sft")
-reward_model = frozen_copy(RewardModel.load("reward"))
+policy = Policy.from_pretrained("sft")
+reward_model = frozen_copy(RewardModel.from_pretrained("reward"))
 ref_policy, value_model = frozen_copy(policy), ValueModel.from_reward_model(reward_model)
 optimizer = adamw({"policy": policy, "value": value_model}, {"policy": 1e-5, "value": 1e-5})
 
@@ -223,10 +222,8 @@ assert 39 < a_parameter < 41
 # it on one real rollout.
 
 # %%
-from minippo.batching import encode_prompt
-from minippo.config import PPOConfig
-from minippo.rollout import collect_rollout
-from minippo.tinyhh.rows import prompt_rows
+from minippo import PPOConfig, collect_rollout, encode_prompt
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 limits = {"batch_size": 64, "minibatch_size": 32, "micro_batch_size": 16}
 ppo = PPOConfig(**limits, ppo_epochs=1)
@@ -247,20 +244,21 @@ print(f"padding: {1 - real / places:.0%}; logits that a loss needs: {counted / p
 # vocabulary projection. The numbers are the same, the work is less.
 
 # %%
-from minippo.models import counted_logits, response_logits
+from minippo import response_logits
+from minippo.engine.packing import packed_logits
 
 packed = rollout.packed
 padded = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
 with torch.no_grad():
-    difference = (counted_logits(policy, packed) - response_logits(policy, *padded)[rollout.mask])
+    difference = packed_logits(policy, packed) - response_logits(policy, *padded)[rollout.mask]
 print("the logits agree to 1e-4:", bool(difference.abs().max() < 1e-4))
 assert difference.abs().max() < 1e-4
 
 
 # %%
 def parts():
-    """The rows in groups of 16, similar lengths together."""
-    return [rollout.rows(indices).packed for indices, _ in rollout.by_length(16)]
+    """The rows in micro-batches of 16, similar lengths together."""
+    return [batch.packed for batch, _ in rollout.micro_batches(16)]
 
 
 grouped = sum(part.tokens.numel() for part in parts())
@@ -282,11 +280,11 @@ def seconds(logits):
     return time.process_time() - began
 
 
-def packed_logits():
-    return torch.cat([counted_logits(policy, part) for part in parts()])
+def unpadded():
+    return torch.cat([packed_logits(policy, part) for part in parts()])
 
 
-ways = {"padded": lambda: response_logits(policy, *padded), "packed": packed_logits}
+ways = {"padded": lambda: response_logits(policy, *padded), "packed": unpadded}
 
 # %% tags=["nbval-ignore-output"]
 times = {name: min(seconds(way) for _ in range(3)) for name, way in ways.items()}
@@ -311,14 +309,14 @@ print("packed is faster:", times["packed"] < times["padded"])
 # %%
 import copy
 
-from minippo.devices import precision
-from minippo.logprobs import gather_logprobs
+from minippo import gather_logprobs
+from minippo.engine.devices import precision
 
 single = copy.deepcopy(policy).float()
 with torch.no_grad():
-    exact = gather_logprobs(counted_logits(single, packed), packed.targets)
+    exact = gather_logprobs(packed_logits(single, packed), packed.targets)
     with precision("bf16"):
-        rough = gather_logprobs(counted_logits(single, packed), packed.targets)
+        rough = gather_logprobs(packed_logits(single, packed), packed.targets)
 error = (exact - rough).abs()
 print("the formula still gets:", rough.dtype)
 print(f"the mean log-probability is {exact.mean():.1f}")
@@ -328,9 +326,9 @@ assert 1e-4 < error.mean() < 0.01 and 0.01 < error.max() < 0.2
 
 # %% [markdown]
 # A ratio is the exponential of the difference of two such numbers. At the first update of a rollout
-# it is 1 all the same, up to rounding: the rollout's log-probabilities come from the same function
-# as the update's, in the same precision (docs/cuda.md has the numbers). On a GPU (nobody has run
-# this on one yet; `make cuda` is the test for it):
+# it is 1 all the same, up to rounding: the rollout's log-probabilities come from the same forward
+# pass as the update's, in the same precision (docs/cuda.md has the numbers). On a GPU (nobody has
+# run this on one yet; `make cuda` is the test for it):
 #
 # ```
 # minippo ppo --name hh --data rows.jsonl.gz --device cuda            # bfloat16 by default
@@ -411,7 +409,7 @@ from safetensors.torch import load_file
 
 one, two = (load_file(folder / n / "sft" / "final" / "model.safetensors") for n in ("whole", "two"))
 gap = max(float((one[key] - two[key]).abs().max()) for key in one)
-before = load_policy("base").state_dict()
+before = Policy.from_pretrained("base").state_dict()
 moved = max(float((one[key] - before[key]).abs().max()) for key in one)
 print("two processes, one result, to 1e-4:", gap < 1e-4)
 print("and training has moved the weights by more than 1e-3:", moved > 1e-3)

@@ -15,8 +15,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from minippo import generation, models, optim, rollout
-from minippo.batching import pieces
+from minippo import generation, optim, rollout
+from minippo.engine import look, packing, passes
 
 from . import ours, tables
 from .command import CannotRun, Progress, run, save
@@ -58,14 +58,14 @@ def memory_given_back(world) -> Iterator[None]:
 @contextmanager
 def padded_rows(world) -> Iterator[None]:
     """Every row as wide as the longest prompt and the longest answer of the rollout together."""
-    packed = models.pack
+    packed = packing.pack
 
     def pack(tokens, attention_mask, mask, lengths=None):
-        wide = models.row_lengths(attention_mask, mask) if lengths is None else lengths.clone()
+        wide = packing.row_lengths(attention_mask, mask) if lengths is None else lengths.clone()
         wide[:, 0] = tokens.shape[1]
         return packed(tokens, attention_mask, mask, wide)
 
-    with mock.patch.object(rollout, "pack", pack):
+    with mock.patch.object(packing, "pack", pack):
         yield
 
 
@@ -74,9 +74,9 @@ def rows_as_they_come(world) -> Iterator[None]:
     """Micro-batches of rows of any length."""
 
     def by_length(self, size):
-        return [(rows, True) for rows in pieces(torch.arange(len(self.tokens)), size)]
+        return [(rows, True) for rows in torch.arange(len(self.tokens)).split(size)]
 
-    with mock.patch.object(rollout.Samples, "by_length", by_length):
+    with mock.patch.object(packing.Rows, "_by_length", by_length):
         yield
 
 
@@ -84,16 +84,11 @@ def rows_as_they_come(world) -> Iterator[None]:
 def logits_of_every_token(world) -> Iterator[None]:
     """The vocabulary projection of prompts and padding as well."""
 
-    def counted_logits(model, packed):
-        logits = models.forward_pass(model, packed.tokens).logits
-        return logits.flatten(0, 1).index_select(0, packed.places)
+    def packed_logits(model, packed):
+        logits = passes.forward_pass(model, packed.tokens).logits
+        return logits.flatten(0, 1).index_select(0, packed.positions)
 
-    from minippo import ppo
-
-    with (
-        mock.patch.object(rollout, "counted_logits", counted_logits),
-        mock.patch.object(ppo, "counted_logits", counted_logits),
-    ):
+    with mock.patch.object(look, "packed_logits", packed_logits):
         yield
 
 

@@ -2,12 +2,12 @@
 
 from statistics import fmean
 
+from minippo.app.sources import PPO_PROMPTS
 from minippo.batching import encode_rows
 from minippo.config import PPOConfig
 from minippo.evaluation import judge_all, kl_per_sequence, sample_answers
-from minippo.models import load_policy
-from minippo.sources import PPO_PROMPTS
-from minippo.tinyhh.rows import prompt_rows
+from minippo.models import Policy
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 PROMPTS = PPO_PROMPTS  # that both sides train on
 
@@ -20,5 +20,5 @@ def judged(policy, tokenizer, held_out: int, seed: int) -> dict[str, float]:
     policy.eval()
     answers = sample_answers(policy, prompts, tokenizer, config.max_response_tokens, seed)
     gold = fmean(judgement.score for judgement in judge_all(rows, answers, tokenizer))
-    kl = kl_per_sequence(policy, load_policy("sft"), answers, tokenizer.pad_token_id)
+    kl = kl_per_sequence(policy, Policy.from_pretrained("sft"), answers, tokenizer.pad_token_id)
     return {"gold": gold, "kl_per_sequence": kl}

@@ -6,14 +6,14 @@ import time
 import torch
 
 from minippo.advantages import gae
+from minippo.app.launch import keep_freed_memory
 from minippo.batching import epoch_batches, left_pad
 from minippo.config import PPOConfig, RewardConfig
-from minippo.devices import keep_freed_memory
 from minippo.generation import generate
-from minippo.models import RewardModel, frozen_copy, load_policy
+from minippo.models import Policy, RewardModel, frozen_copy
 from minippo.optim import Hooks, adamw, finite_metrics
 from minippo.ppo import ppo_update
-from minippo.reward_model import train_reward_model
+from minippo.reward_training import train_reward_model
 from minippo.rollout import collect_rollout, rollout_metrics
 
 from .gold import PROMPTS, judged
@@ -71,7 +71,7 @@ def query_and_response(attention_mask: torch.Tensor, response_length: int) -> li
 
 def rate(turns: Turns, count: int) -> None:
     """A turn measures the rate of large float32 matrix products."""
-    from minippo.stages import matmul_gflops  # whose imports would be charged to the PPO side
+    from minippo.app.stages import matmul_gflops  # whose imports would be charged to the PPO side
 
     turns.ready()
     for _ in range(count):
@@ -127,11 +127,11 @@ def reward_training(
         rows, batch_size = pairs, rankings_a_step * len(pairs) // rankings
     sizes = {"batch_size": batch_size, "micro_batch_size": batch_size}
     config = RewardConfig(epochs=count, lr=1e-4, **sizes)
-    policy = load_policy("sft")
+    policy = Policy.from_pretrained("sft")
     pace = Pace(turns, len(rows) // batch_size, count, lambda: {"work": len(pairs)})
     reward_model = RewardModel.from_policy(policy)
     pad_id = policy.config.pad_token_id
-    train_reward_model(reward_model, rows, config, pad_id, hooks=TurnHooks(pace))
+    train_reward_model(reward_model, rows, config, pad_id=pad_id, hooks=TurnHooks(pace))
 
 
 def train_for(turns: Turns, seconds: float, seed: int, held_out: int, count: int) -> None:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 
 from minippo.batching import left_pad
 from minippo.config import PPOConfig
-from minippo.models import RewardModel, frozen_copy, load_policy, load_tokenizer
+from minippo.models import Policy, RewardModel, frozen_copy, load_tokenizer
 
 from .gold import PROMPTS, judged
 from .turns import Pace, Turns
@@ -198,7 +198,7 @@ def reward_training(turns: Turns, rankings: int, rankings_a_step: int, count: in
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = RewardConfig(output_dir=folder, **options, **QUIET)
         made = RewardTrainer(
-            model=RewardModel.from_policy(load_policy("sft")).classifier, args=args,
+            model=RewardModel.from_policy(Policy.from_pretrained("sft")).classifier, args=args,
             train_dataset=dataset, processing_class=tokenizer, callbacks=[callback],
         )  # fmt: skip
         made.remove_callback(PrinterCallback)

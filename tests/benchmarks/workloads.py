@@ -71,13 +71,13 @@ def build(workload: Workload) -> World:
 def shipped_world(prompts: int) -> World:
     """The shipped checkpoints and the first PPO prompts of TinyHH."""
     from minippo.batching import encode_rows
-    from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
-    from minippo.tinyhh.rows import prompt_rows
+    from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer
+    from minippo.worlds.tinyhh.rows import prompt_rows
 
-    tokenizer, reward_model = load_tokenizer("sft"), RewardModel.load("reward")
+    tokenizer, reward_model = load_tokenizer("sft"), RewardModel.from_pretrained("reward")
     kept, _ = encode_rows(prompt_rows("ppo", prompts), tokenizer, PPOConfig().max_prompt_tokens, 1)
     stats = (reward_model.mean, reward_model.std)
-    models = (load_policy("sft"), reward_model, ValueModel.load("value"))
+    models = (Policy.from_pretrained("sft"), reward_model, ValueModel.from_pretrained("value"))
     return World(*models, tokenizer, [row.prompt for row in kept], stats)
 
 
@@ -121,9 +121,9 @@ def bare_tokenizer(vocab_size: int):
 
 def ranked_answers(count: int) -> list:
     """The first shipped rankings of four answers, best first, tokenised as `Encoded` rows."""
+    from minippo.app.sources import Source
     from minippo.batching import encode_rows
     from minippo.models import load_tokenizer
-    from minippo.sources import Source
 
     limits = (PPOConfig().max_prompt_tokens, PPOConfig().max_response_tokens)
     rankings, _ = Source("tiny_hh").rankings()

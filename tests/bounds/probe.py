@@ -53,11 +53,11 @@ def train(steps: int, out: str = "", leak: int = 0) -> dict:
     """
     import torch
 
+    from minippo.app.run import Run
     from minippo.config import PPOConfig, RunConfig
     from minippo.models import ValueModel, frozen_copy, tiny_gpt2
     from minippo.optim import Hooks
     from minippo.ppo import train_ppo
-    from minippo.run import Run
 
     torch.manual_seed(0)
     config = PPOConfig(
@@ -100,8 +100,7 @@ def serve(kind: str) -> None:
     import minippo.hh  # noqa: F401
 
     if kind == "train":
-        import minippo.ppo
-        import minippo.run  # noqa: F401
+        import minippo.app.run  # noqa: F401
         from minippo.models import tiny_gpt2
         from minippo.optim import adamw
 

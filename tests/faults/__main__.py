@@ -61,7 +61,7 @@ class Trial:
 
 def start(folder: Path, every: int, log: Path, resume: bool = False) -> subprocess.Popen:
     """The shortened demo in a process of its own, with one thread."""
-    command = [sys.executable, "-m", "minippo.cli", "demo", "--name", folder.name]
+    command = [sys.executable, "-m", "minippo.app.cli", "demo", "--name", folder.name]
     command += ["--out", str(folder.parent), "--device", "cpu"]
     for stage, text in SHORT.items():
         command += text.replace("--", f"--{stage}.").split()

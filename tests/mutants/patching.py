@@ -21,10 +21,13 @@ def applied(module: str, name: str, old: str, new: str):
     """Within the block `minippo.MODULE.NAME` has the fragment `old` replaced by `new`.
 
     name: a function, or `Class.method`
-    Raises NotApplicable if the function is not there, `old` does not stand in it exactly once
+    Raises NotApplicable if module or function is not there, `old` does not stand in it exactly once
     (the docstring is not searched), or the result is no valid Python.
     """
-    loaded = importlib.import_module(f"minippo.{module}")
+    try:
+        loaded = importlib.import_module(f"minippo.{module}")
+    except ModuleNotFoundError as error:
+        raise NotApplicable(f"minippo has no module {module}") from error
     function = find_function(loaded, name)
     before = function.__code__, function.__defaults__, function.__kwdefaults__
     after = wrong_version(function, inspect.getsource(loaded), loaded.__file__, name, old, new)

@@ -992,9 +992,9 @@ PPO = (
     Variant(
         id="temperature-missing-in-the-update",
         module="ppo",
-        function="ppo_loss",
-        old="gather_logprobs(logits, packed.targets, config.temperature)",
-        new="gather_logprobs(logits, packed.targets)",
+        function="logprobs_and_kl",
+        old="response_logprobs(policy, batch, temperature)",
+        new="response_logprobs(policy, batch)",
         misconception="The temperature was already applied when the tokens were sampled.",
         symptom="The first ratio is not 1.",
         source="https://github.com/OpenRLHF/OpenRLHF/pull/853",
@@ -1002,9 +1002,9 @@ PPO = (
     ),
     Variant(
         id="temperature-missing-in-the-kl-loss",
-        module="ppo",
-        function="kl_penalty_loss",
-        old="x / config.temperature",
+        module="engine.look",
+        function="response_logprobs_and_kl",
+        old="x / temperature",
         new="x",
         misconception="The reference is not sampled from, so it has no temperature.",
         symptom="The KL of the loss and that of the rollout do not agree.",
@@ -1014,9 +1014,9 @@ PPO = (
     Variant(
         id="kl-loss-over-padding",
         module="ppo",
-        function="kl_penalty_loss",
-        old="return masked_mean(estimate(logprobs, batch.ref_logprobs), batch.mask)",
-        new="return estimate(logprobs, batch.ref_logprobs).mean()",
+        function="ppo_loss",
+        old="kl_loss = masked_mean(kl, mask)",
+        new="kl_loss = kl.mean()",
         misconception="A mean over all positions is a mean over tokens.",
         symptom="The KL loss contains what the models say about padding.",
         source="https://github.com/natolambert/rlhf-book/pull/216",
@@ -1024,8 +1024,8 @@ PPO = (
     ),
     Variant(
         id="reference-with-gradients",
-        module="ppo",
-        function="kl_penalty_loss",
+        module="engine.look",
+        function="response_logprobs_and_kl",
         old="torch.no_grad()",
         new="torch.enable_grad()",
         misconception="A model that is in no optimizer needs no no_grad.",
@@ -1048,10 +1048,10 @@ PPO = (
     ),
     Variant(
         id="micro-batch-mean",
-        module="ppo",
-        function="ppo_update",
-        old="(loss * share).backward()",
-        new="(loss * len(batch.mask) / len(minibatch.mask)).backward()",
+        module="engine.packing",
+        function="Rows.micro_batches",
+        old="chunk.token_count / self.token_count",
+        new="len(chunk.mask) / len(self.mask)",
         misconception="The mean of the micro-batches' token means is the token mean of all.",
         symptom="Tokens of short answers weigh more; results change with the micro-batch size.",
         source="https://github.com/huggingface/trl/issues/583; "
@@ -1062,8 +1062,8 @@ PPO = (
     ),
     Variant(
         id="micro-batches-not-scaled",
-        module="ppo",
-        function="ppo_update",
+        module="engine.gradients",
+        function="_accumulated",
         old="(loss * share).backward()",
         new="loss.backward()",
         misconception="Gradients add up by themselves.",
@@ -1125,7 +1125,7 @@ PPO = (
     ),
     Variant(
         id="gradients-not-cleared",
-        module="optim",
+        module="engine.gradients",
         function="optimizer_step",
         old="optimizer.zero_grad(set_to_none=True)",
         new="pass",
@@ -1152,9 +1152,11 @@ ROLLOUT = (
         id="penalty-before-standardising",
         module="rollout",
         function="collect_rollout",
-        old="scores = penalize_missing_eos(scores, mask, samples.response, eos_id, penalty)",
-        new="scores = standardize_scores(penalize_missing_eos(raw_scores, mask, samples.response, "
-        "eos_id, penalty), *score_stats)",
+        old="scores = standardize_scores(raw_scores, *score_stats)  # (B,)\n"
+        "    scores = penalize_missing_eos(scores,",
+        new="scores = penalize_missing_eos(raw_scores, mask, response, eos_id, "
+        "config.missing_eos_penalty)\n    scores = standardize_scores(scores, *score_stats)\n"
+        "    penalize_missing_eos(scores,",
         misconception="Standardising is the last thing that happens to a score.",
         symptom="The penalty is worth 1/std: next to nothing for a model with a wide scale.",
         source=COMMON,
@@ -1165,9 +1167,9 @@ ROLLOUT = (
     Variant(
         id="mask-from-the-pad-token",
         module="rollout",
-        function="_sample",
+        function="sample",
         old="mask = response_mask(response, eos_id)",
-        new="mask = response != tokenizer.pad_token_id",
+        new="mask = response != pad_id",
         misconception="What is not padding counts.",
         symptom="Where pad is EOS the end of an answer is never learned.",
         source="https://github.com/CarperAI/trlx/pull/401",
@@ -1179,7 +1181,7 @@ ROLLOUT = (
     Variant(
         id="attention-to-padding",
         module="rollout",
-        function="_sample",
+        function="sample",
         old="torch.cat([query_mask, mask], 1)",
         new="torch.cat([query_mask, torch.ones_like(mask)], 1)",
         misconception="A causal model does not mind what comes after a token.",
@@ -1194,9 +1196,9 @@ ROLLOUT = (
     Variant(
         id="temperature-missing-in-the-reference",
         module="rollout",
-        function="_model_views",
-        old="gather_logprobs(ref_logits, packed.targets, heat)",
-        new="gather_logprobs(ref_logits, packed.targets)",
+        function="collect_rollout",
+        old="response_logprobs(ref_policy, samples, config.temperature)",
+        new="response_logprobs(ref_policy, samples)",
         misconception="The reference is not sampled from, so it has no temperature.",
         symptom="KL is not 0 at the first step, and can be negative for long.",
         source="https://github.com/huggingface/trl/pull/3029",
@@ -1233,8 +1235,8 @@ ROLLOUT = (
         id="temperature-missing-in-the-sampler",
         module="generation",
         function="sample_tokens",
-        old="at_least_float32(logits) / temperature",
-        new="at_least_float32(logits)",
+        old="logits / temperature",
+        new="logits",
         misconception="The temperature is taken care of elsewhere.",
         symptom="The behaviour policy is another one than the ratio assumes.",
         source=f"{RLHF_BOOK}: sampled at 0.6, scored at 1",
@@ -1244,9 +1246,8 @@ ROLLOUT = (
         id="top-k-while-sampling",
         module="generation",
         function="sample_tokens",
-        old="at_least_float32(logits) / temperature",
-        new="at_least_float32(logits).masked_fill(logits < logits.topk(3).values[:, -1:], "
-        "-torch.inf) / temperature",
+        old="logits / temperature",
+        new="logits.masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf) / temperature",
         misconception="A little top-k makes samples better and changes nothing else.",
         symptom="KL turns negative: rare tokens are never sampled, though the policy favours them.",
         source="https://github.com/huggingface/trl/issues/235",
@@ -1255,7 +1256,7 @@ ROLLOUT = (
     Variant(
         id="sampling-after-eos",
         module="generation",
-        function="generate",
+        function="_write",
         old="going_on = (sampled != eos_id)",
         new="going_on = (sampled == sampled)",
         misconception="What comes after EOS is harmless, since it is masked.",
@@ -1266,9 +1267,9 @@ ROLLOUT = (
     Variant(
         id="eos-forced-at-the-limit",
         module="generation",
-        function="generate",
+        function="_write",
         old="response[alive, t] = sampled",
-        new="response[alive, t] = sampled if t < max_response_tokens - 1 else eos_id",
+        new="response[alive, t] = sampled if t < limit - 1 else eos_id",
         misconception="Every answer has to end in EOS for the reward model's sake.",
         symptom="A token is trained that the policy did not choose; ratios explode there.",
         source="https://github.com/OpenRLHF/OpenRLHF/issues/238",
@@ -1277,7 +1278,7 @@ ROLLOUT = (
     Variant(
         id="randomness-by-place-in-the-batch",
         module="generation",
-        function="generate",
+        function="_write",
         old="uniforms[alive, t]",
         new="uniforms[: len(alive), t]",
         misconception="A row's random numbers are those of its place in what is left.",
@@ -1290,7 +1291,7 @@ ROLLOUT = (
 MODELS = (
     Variant(
         id="position-ids-missing",
-        module="models",
+        module="engine.passes",
         function="forward_pass",
         old="position_ids(attention_mask)[:, -tokens.shape[1] :]",
         new="torch.arange(attention_mask.shape[1])[None, -tokens.shape[1] :]",
@@ -1302,7 +1303,7 @@ MODELS = (
     ),
     Variant(
         id="positions-start-at-one",
-        module="models",
+        module="masking",
         function="position_ids",
         old="attention_mask.long().cumsum(-1) - 1",
         new="attention_mask.long().cumsum(-1)",
@@ -1313,8 +1314,8 @@ MODELS = (
     ),
     Variant(
         id="score-read-at-the-last-column",
-        module="models",
-        function="RewardModel.forward",
+        module="engine.passes",
+        function="last_hidden",
         old="[rows, lengths - 1]",
         new="[rows, -1]",
         misconception="The last column is the last token.",
@@ -1324,7 +1325,7 @@ MODELS = (
     ),
     Variant(
         id="padding-stays-in-front",
-        module="models",
+        module="engine.packing",
         function="pack",
         old="real_first(attention_mask)[:, :width]",
         new="torch.arange(width).repeat(len(tokens), 1)",
@@ -1335,7 +1336,7 @@ MODELS = (
     ),
     Variant(
         id="packed-place-of-the-token-itself",
-        module="models",
+        module="engine.packing",
         function="pack",
         old=".flatten()[slots] - 1",
         new=".flatten()[slots]",
@@ -1346,8 +1347,8 @@ MODELS = (
     ),
     Variant(
         id="score-off-by-one",
-        module="models",
-        function="RewardModel.score_candidates",
+        module="engine.passes",
+        function="last_hidden_of_candidates",
         old="mask.sum(1) - 1",
         new="mask.sum(1) - 2",
         misconception="The shift of the language model concerns the score as well.",
@@ -1361,8 +1362,8 @@ MODELS = (
         id="score-squashed",
         module="models",
         function="_ScalarHead.read",
-        old=".squeeze(-1))",
-        new=".squeeze(-1).sigmoid())",
+        old=".squeeze(-1)",
+        new=".squeeze(-1).sigmoid()",
         misconception="A reward is a probability.",
         symptom="The pairwise loss cannot fall below 0.313.",
         source=f"{INSTRUCTGOOSE}, instruct_goose/reward.py",
@@ -1441,8 +1442,8 @@ MODELS = (
         id="sft-first-token-not-learned",
         module="sft",
         function="sft_loss",
-        old="packed = pack(tokens, attention_mask, mask)",
-        new="packed = pack(tokens, attention_mask, mask & (mask.cumsum(1) > 1))",
+        old="masked_mean(logprobs, batch.mask)",
+        new="masked_mean(logprobs, batch.mask & (batch.mask.cumsum(1) > 1))",
         misconception="The first token of the answer is given, like the prompt.",
         symptom="Answers begin anyhow, and go on well.",
         source="https://github.com/NVIDIA-NeMo/Speech/pull/6409",
@@ -1452,7 +1453,7 @@ MODELS = (
     ),
     Variant(
         id="accuracy-counts-ties",
-        module="reward_model",
+        module="reward_training",
         function="pair_accuracy",
         old="scores[:, better] > scores[:, worse]",
         new="scores[:, better] >= scores[:, worse]",
@@ -1541,7 +1542,7 @@ DATA = (
 ORACLE = (
     Variant(
         id="oracle-optimum-beta-multiplied",
-        module="oracle",
+        module="worlds.oracle",
         function="World.optimum",
         old="self.scores / kl_coef",
         new="self.scores * kl_coef",
@@ -1552,7 +1553,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-kl-under-the-wrong-policy",
-        module="oracle",
+        module="worlds.oracle",
         function="World.kl",
         old="(one.exp() * (one - other)).sum()",
         new="(other.exp() * (one - other)).sum()",
@@ -1563,7 +1564,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-kl-raises-the-objective",
-        module="oracle",
+        module="worlds.oracle",
         function="World.objective",
         old="self.scores - kl_coef",
         new="self.scores + kl_coef",
@@ -1578,7 +1579,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-value-adds-the-penalty",
-        module="oracle",
+        module="worlds.oracle",
         function="World.values",
         old="value[self.child[s]] - penalty[s]",
         new="value[self.child[s]] + penalty[s]",
@@ -1593,7 +1594,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-kl-loss-ends-at-pi-star",
-        module="oracle",
+        module="worlds.oracle",
         function="World.kl_loss_optimum",
         old="value[s] = (optimum[s].exp() * q).sum()",
         new="value[s] = kl_loss_coef * (ref_logprobs_all[s].detach() + q / "
@@ -1610,7 +1611,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-states-equally-often",
-        module="oracle",
+        module="worlds.oracle",
         function="World.reach",
         old="reached[s] * logprobs_all[s]",
         new="logprobs_all[s]",
@@ -1625,7 +1626,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-temperature-multiplies",
-        module="oracle",
+        module="worlds.oracle",
         function="World.logprobs_all",
         old="logits / temperature",
         new="logits * temperature",
@@ -1636,7 +1637,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-one-finished-row-will-do",
-        module="oracle",
+        module="worlds.oracle",
         function="World.score_fn",
         old="(node < 0).any()",
         new="(node < 0).all()",
@@ -1647,7 +1648,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-longer-responses-pass",
-        module="oracle",
+        module="worlds.oracle",
         function="World.score_fn",
         old="> self.length",
         new="> self.length + 1",
@@ -1661,7 +1662,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-value-after-the-token",
-        module="oracle",
+        module="worlds.oracle",
         function="TabularValue.forward",
         old="response_window(self.hidden(tokens, attention_mask), response_length)",
         new="self.hidden(tokens, attention_mask)[:, -response_length:]",
@@ -1672,7 +1673,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-table-columns-turned",
-        module="oracle",
+        module="worlds.oracle",
         function="World.table",
         old="[ref_logprobs_all, logprobs_all, best]",
         new="[logprobs_all, ref_logprobs_all, best]",
@@ -1683,7 +1684,7 @@ ORACLE = (
     ),
     Variant(
         id="oracle-table-without-kl",
-        module="oracle",
+        module="worlds.oracle",
         function="World.table",
         old="self.values(logprobs_all, ref_logprobs_all, kl_coef)",
         new="self.values(logprobs_all, ref_logprobs_all, 0.0)",

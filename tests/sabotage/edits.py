@@ -22,7 +22,7 @@ EDITS = (
     # 00, the tour
     Edit("00", "rewards.py", ", 0) - penalty", ", 0) + penalty", "sign: the KL is rewarded"),
     Edit(
-        "00", "models.py",
+        "00", "engine/packing.py",
         ".flatten()[slots] - 1", ".flatten()[slots]",
         "shift: a token is read off the logits at its own place",
     ),
@@ -56,7 +56,7 @@ EDITS = (
         "parsing: one newline makes a turn",
     ),
     Edit(
-        "02", "tinyhh/annotator.py",
+        "02", "worlds/tinyhh/annotator.py",
         "key=lambda i: -noisy[i]", "key=lambda i: noisy[i]",
         "order: the annotator ranks the worst answer first",
     ),
@@ -73,7 +73,7 @@ EDITS = (
         "shift: the response window begins one place late",
     ),
     Edit(
-        "03", "models.py",
+        "03", "engine/passes.py",
         "tokens.shape[1] :]\n    seen =", "tokens.shape[1] :] + 1\n    seen =",
         "positions: all tokens stand one place further on",
     ),
@@ -84,7 +84,7 @@ EDITS = (
         "sign: the rejected answer is to score higher",
     ),
     Edit(
-        "04", "models.py",
+        "04", "engine/passes.py",
         "[rows, lengths - 1]", "[rows, lengths - 2]",
         "shift: the score is read at the token before the last",
     ),
@@ -115,9 +115,9 @@ EDITS = (
         "sign: V is added where it is to be taken off",
     ),
     Edit(
-        "06", "models.py",
-        "read(hidden.flatten(0, 1).index_select(0, packed.places))",
-        "read(hidden.flatten(0, 1).index_select(0, packed.places + 1))",
+        "06", "engine/packing.py",
+        "read(hidden.flatten(0, 1).index_select(0, packed.positions))",
+        "read(hidden.flatten(0, 1).index_select(0, packed.positions + 1))",
         "shift: V is that of the state after the token",
     ),
     Edit(
@@ -132,7 +132,7 @@ EDITS = (
         "sign: the clipped term is the objective, not the loss",
     ),
     Edit(
-        "07", "models.py",
+        "07", "engine/passes.py",
         "kept)[:, -kept:-1]", "kept)[:, 1 - kept :]",
         "shift: the update sees the logits one place late",
     ),
@@ -151,9 +151,9 @@ EDITS = (
     ),
     # 12, scaling up
     Edit(
-        "12", "sft.py",
-        "counts * sum(len(r.responses[0]) for r in piece) / total",
-        "counts * len(piece) / len(batch)",
+        "12", "engine/packing.py",
+        "counts * chunk.token_count / self.token_count",
+        "counts * len(chunk.mask) / len(self.mask)",
         "weight: a mean of the processes' means, not one over the tokens of all",
     ),
     Edit(
@@ -162,7 +162,7 @@ EDITS = (
         "resume: the data begin anew, the steps do not",
     ),
     Edit(
-        "12", "models.py",
+        "12", "engine/packing.py",
         ".flatten()[slots] - 1", ".flatten()[slots]",
         "shift: packed rows read a token off the logits at its own place",
     ),

@@ -10,19 +10,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from minippo.files import disk_message, sync, write_file
+from minippo.app.run import final_checkpoint, save_model
+from minippo.engine.files import disk_message, sync, write_file
 from minippo.hh import format_dialogue
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
-from minippo.run import final_checkpoint, save_model
-from minippo.tinyhh import world as w
-from minippo.tinyhh.annotator import judge, rank
-from minippo.tinyhh.rows import prompt_rows
+from minippo.models import Policy, RewardModel, ValueModel, load_tokenizer
+from minippo.worlds.tinyhh import world as w
+from minippo.worlds.tinyhh.annotator import judge, rank
+from minippo.worlds.tinyhh.rows import prompt_rows
 
 PREFERENCE_PROMPTS = 4000  # with K = 4 answers each: 24,000 pairs
 TEST_PROMPTS = 2000  # one pair each
 CANDIDATES = 4
 STAGES = {"base": "pretrain", "sft": "sft", "reward": "reward", "value": "value", "ppo": "ppo"}
-LOADERS = {"reward": RewardModel.load, "value": ValueModel.load}  # the others are policies
+KINDS = {"base": Policy, "sft": Policy, "reward": RewardModel, "value": ValueModel, "ppo": Policy}
 
 
 def write_data(out: Path, checkpoints: Path | None = None) -> None:
@@ -92,7 +92,7 @@ def write_checkpoints(run_folder: Path, out: Path) -> None:
     Those that are there already are replaced when all of the new ones are on the disk.
     """
     sources = finished_models(run_folder)
-    models = {name: LOADERS.get(name, load_policy)(path) for name, path in sources.items()}
+    models = {name: KINDS[name].from_pretrained(path) for name, path in sources.items()}
     folder, partial = out / "checkpoints", out / "checkpoints" / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -3,13 +3,13 @@
 import random
 from pathlib import Path
 
+from minippo.app.run import final_checkpoint
 from minippo.batching import check_context, decode_response, encode_prompt
 from minippo.config import RunConfig
 from minippo.generation import generate_many
-from minippo.models import load_policy, load_tokenizer
-from minippo.run import final_checkpoint
-from minippo.tinyhh.annotator import judge
-from minippo.tinyhh.world import read_request
+from minippo.models import Policy, load_tokenizer
+from minippo.worlds.tinyhh.annotator import judge
+from minippo.worlds.tinyhh.world import read_request
 
 STAGES = {"SFT": "sft", "PPO": "ppo"}
 
@@ -30,7 +30,9 @@ def talk(
     if not temperature > 0:
         raise ValueError(f"--temperature is {temperature}; it must be greater than 0")
     paths = _checkpoints(Path(out) / name)
-    models = {label: (load_policy(path), load_tokenizer(path)) for label, path in paths.items()}
+    models = {
+        label: (Policy.from_pretrained(path), load_tokenizer(path)) for label, path in paths.items()
+    }
     for policy, _ in models.values():
         check_context(policy, 1, max_response_tokens)
     histories: dict[str, list] = {label: [] for label in models}

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minippo.distributed import split_like
+from minippo.engine.ranks import split_like
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # library calls are silent
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # also about every retry without a network

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 
-from minippo.tinyhh import world as w
+from minippo.worlds.tinyhh import world as w
 
 WEIGHTS = {"on_topic": 2.0, "complete": 1.5, "polite": 2.0, "harmless": 3.0, "concise": 1.0}
 BEST = {"on_topic": 1.0, "complete": 1.0, "polite": 0.25, "harmless": 0.0, "concise": 1.0}

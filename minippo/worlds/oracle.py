@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from minippo.batching import left_pad
+from minippo.engine.passes import token_logits
 from minippo.logprobs import response_window
-from minippo.models import position_ids, token_logits
+from minippo.masking import position_ids
 
 MAX_WORDS, MAX_LENGTH = 6, 4
 
@@ -71,16 +72,16 @@ class World:
         """The one prompt, `count` times."""
         return [self.query] * count
 
-    def walk(self, tokens: Tensor, places: Tensor, start: Tensor | None = None) -> Tensor:
-        """Nodes (B, T) reached after each token; padding and the prompt (place 0) stay at the root.
+    def walk(self, tokens: Tensor, positions: Tensor, start: Tensor | None = None) -> Tensor:
+        """Nodes (B, T) reached after each token; padding and prompt (position 0) stay at the root.
 
-        tokens, places: (B, T); places are position ids
+        tokens, positions: (B, T); positions are position ids
         start: (B,) nodes to begin at, the root if None
         """
         node = torch.zeros_like(tokens[:, 0]) if start is None else start
         nodes = []
-        for token, place in zip(tokens.T, places.T, strict=True):
-            node = torch.where(place > 0, self.child[node, token], node)
+        for token, position in zip(tokens.T, positions.T, strict=True):
+            node = torch.where(position > 0, self.child[node, token], node)
             nodes.append(node)
         return torch.stack(nodes, 1)
 

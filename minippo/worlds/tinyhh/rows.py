@@ -4,7 +4,7 @@ import random
 import re
 
 from minippo.hh import format_dialogue, format_prompt
-from minippo.tinyhh import world as w
+from minippo.worlds.tinyhh import world as w
 
 
 def prompt_rows(split: str, count: int, seed: int = 0) -> list[dict]:

@@ -56,7 +56,7 @@ def demo(
     SFT, candidates and their rankings, reward model, critic warm-up, PPO, evaluation: ends with a
     table and runs/NAME/report.html. Stages have their options with a prefix: --ppo.kl-coef 0.1
     """
-    from minippo import stages
+    from minippo.app import stages
 
     configs = {"sft": sft, "reward": reward, "value": value, "ppo": ppo, "eval": eval}
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def pretrain(
     overwrite: Overwrite = False,
 ) -> None:
     """Train tokenizer and base model on the text of --data (TinyHH: several minutes)."""
-    from minippo import stages
+    from minippo.app import stages
 
     with _open(run, {"pretrain": config}, overwrite) as (opened, source):
         stages.pretrain_stage(opened, source, config)
@@ -89,7 +89,7 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune the base on demonstrations; on a file, on its chosen answers."""
-    from minippo import stages
+    from minippo.app import stages
 
     with _open(run, {"sft": config}, overwrite) as (opened, source):
         stages.sft_stage(opened, source, config)
@@ -101,7 +101,7 @@ def reward(
     overwrite: Overwrite = False,
 ) -> None:
     """Train the reward model on ranked candidates of the SFT model, or on given pairs."""
-    from minippo import stages
+    from minippo.app import stages
 
     with _open(run, {"reward": config}, overwrite) as (opened, source):
         stages.reward_stage(opened, source, config)
@@ -118,7 +118,7 @@ def value(
     The reward is PPO's, so what PPO will run with goes here too: --ppo.max-response-tokens 64.
     `minippo ppo` warms up a critic by itself; this command is for looking at the stage alone.
     """
-    from minippo import stages
+    from minippo.app import stages
 
     with _open(run, {"value": config}, overwrite, ppo) as (opened, source):
         stages.value_stage(opened, source, config, ppo)
@@ -135,7 +135,7 @@ def ppo(
     Watch the KL and read answers: a rising score alone is no success (it is what is optimised).
     KL runs away: raise --kl-coef, or set --target-kl. Nothing moves: raise --lr or lower --kl-coef.
     """
-    from minippo import stages
+    from minippo.app import stages
 
     with _open(run, {"ppo": config}, overwrite) as (opened, source):
         if not opened.finished("value"):
@@ -160,19 +160,18 @@ def evaluate(
     settings use --prompts-of validation (TinyHH has them); evaluate on test once, at the end, with
     --overwrite, which replaces the first evaluation.
     """
-    from minippo import stages
-    from minippo.distributed import on_main
-    from minippo.report import write_report
+    from minippo.app import stages
+    from minippo.app.report import write_report
 
     with _open(run, {"eval": config}, overwrite) as (opened, source):
         result = stages.evaluate_stage(opened, source, config)
         print("\n" + stages.table_text(result["table"]))
-        print(f"\nreport: {on_main(write_report)(opened.folder)}")
+        print(f"\nreport: {write_report(opened.folder)}")
 
 
 def report(name: Name = RunConfig.name, out: Out = RunConfig.out) -> None:
     """Write runs/NAME/report.html anew from what the run's folder holds."""
-    from minippo.report import write_report
+    from minippo.app.report import write_report
 
     print(write_report(out / name))
 
@@ -190,14 +189,14 @@ def chat(
     "How do I grow sweet tomatoes?" The annotator's score stands behind each answer; a question
     that names nothing of this world it takes to go on about the last subject.
     """
-    from minippo.chat import talk
+    from minippo.app.chat import talk
 
     talk(name, out, temperature, seed, max_response_tokens)
 
 
 def doctor() -> None:
     """Say what is installed, which device there is, and whether the shipped checkpoints load."""
-    from minippo.doctor import examine
+    from minippo.app.doctor import examine
 
     sys.exit(0 if examine() else 1)
 
@@ -210,7 +209,7 @@ def data(
 
     The models, in half precision, are those of a run that went through `pretrain`, then `demo`.
     """
-    from minippo.packaging import write_data
+    from minippo.app.packaging import write_data
 
     write_data(out, checkpoints)
 
@@ -234,27 +233,15 @@ def grade(
     sys.exit(0 if grading.all_solved(verdicts) else 1)
 
 
-COMMANDS = {
-    "demo": demo,
-    "data": data,
-    "pretrain": pretrain,
-    "sft": sft,
-    "reward": reward,
-    "value": value,
-    "ppo": ppo,
-    "evaluate": evaluate,
-    "chat": chat,
-    "report": report,
-    "grade": grade,
-    "doctor": doctor,
-}
+IN_ORDER = (demo, data, pretrain, sft, reward, value, ppo, evaluate, chat, report, grade, doctor)
+COMMANDS = {command.__name__: command for command in IN_ORDER}
 
 
 @contextlib.contextmanager
 def _open(run: RunConfig, configs: dict, overwrite: bool, ppo: PPOConfig | None = None):
     """A run and its rows; no other process gets into the run's folder meanwhile."""
-    from minippo.run import Run
-    from minippo.sources import Source
+    from minippo.app.run import Run
+    from minippo.app.sources import Source
 
     source = Source(run.data, run.limit, run.split)
     if source.report:
@@ -273,16 +260,10 @@ def main(arguments: list[str] | None = None) -> None:
         with _joined():
             command()
     except KeyboardInterrupt as stop:
-        _close_bars()
         said = str(stop) or "what is finished is saved; run it again, with --resume if it had begun"
-        _let_main_speak(stop)
-        print(f"\nminippo: interrupted; {said}", file=sys.stderr)
-        sys.exit(130)
+        _end(stop, f"\nminippo: interrupted; {said}", 130)
     except (ValueError, OSError) as error:
-        _close_bars()
-        _let_main_speak(error)
-        print(f"minippo: {_one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _end(error, f"minippo: {_one_line(str(error))}", 2)
 
 
 def _parse(arguments: list[str] | None):
@@ -302,9 +283,18 @@ def _parse(arguments: list[str] | None):
 
 def _joined():
     """Joins the processes that torchrun started, if it did."""
-    from minippo.distributed import joined
+    from minippo.app.launch import joined
 
     return joined()
+
+
+def _end(error: BaseException, message: str, code: int) -> None:
+    """Says what ended the command, on a line of its own below the bars, and exits."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    _let_main_speak(error)
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def _let_main_speak(error: BaseException) -> None:
@@ -322,12 +312,6 @@ def _deferred(command):
         return functools.partial(command, *options, **named)
 
     return later
-
-
-def _close_bars() -> None:
-    """So that a message stands on a line of its own."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
 
 
 def _mistake(said: str) -> str:

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from minippo.checkpoints import (
+from minippo.config import RunConfig
+from minippo.engine.checkpoints import (
     check_checksums,
     read_json,
     restore_training,
     training_tensors,
     write_checksums,
 )
-from minippo.config import RunConfig
-from minippo.distributed import anywhere, collect, on_main, whole, whole_weights, world
-from minippo.files import disk_message, lock, remove, sync, unlock, write_file
+from minippo.engine.files import disk_message, lock, remove, sync, unlock, write_file
+from minippo.engine.ranks import collect, on_any_rank, on_main, whole, whole_weights, world
 from minippo.optim import Hooks, NonFiniteError
 
 POINTER = "latest"
@@ -242,7 +242,7 @@ class Run(Hooks):
         self._append("times.jsonl", {"stage": stage, "step": step, "seconds": seconds})
         self.bar.set_postfix(_short(metrics), refresh=False)
         self.bar.update()
-        stopping = anywhere(self.stopping)
+        stopping = on_any_rank(self.stopping)
         if stopping or (step + 1) % self.stages[stage].save_every == 0:
             self.save(stage, step + 1)
         if stopping:
@@ -256,7 +256,7 @@ class Run(Hooks):
         """
         self.save(stage, self.bar.n, finished=True)
         self.close()
-        if anywhere(self.stopping):
+        if on_any_rank(self.stopping):
             done = all(self.finished(name) for name in self.stages)
             then = "nothing is left to do" if done else "go on with --resume"
             raise Interrupted(f"{stage} is finished and saved; {then}")
@@ -470,8 +470,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path, weights: dict | None =
 
     weights: the model's, if they are not in it: see `whole_weights`
     """
-    save = model.save if hasattr(model, "save") else model.save_pretrained
-    save(folder, **({} if weights is None else {"state_dict": weights}))
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     if tokenizer is None:
         return
     try:

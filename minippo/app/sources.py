@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from minippo.hh import format_dialogue, format_prompt, load_preferences
 from minippo.preferences import group_by_prompt
-from minippo.tinyhh import rows as tiny
+from minippo.worlds.tinyhh import rows as tiny
 
 SFT_ROWS = 8000  # TinyHH demonstrations
 PPO_PROMPTS = 6000

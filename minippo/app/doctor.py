@@ -10,8 +10,9 @@ from packaging.version import Version
 from safetensors import SafetensorError
 
 from minippo import __version__
+from minippo.app.packaging import KINDS
 from minippo.config import DATA_DIR
-from minippo.models import RewardModel, ValueModel, load_policy, load_tokenizer
+from minippo.models import load_tokenizer
 
 # The oldest and the newest that the tests were run with; docs/compatibility.md says when and how.
 # A patch release of the newest is taken for tested.
@@ -27,13 +28,6 @@ TESTED = {
     "jupyterlab": ("4.2.0", "4.6.6"),
 }
 TESTED_PYTHON = ("3.11", "3.13")
-CHECKPOINTS = {
-    "base": load_policy,
-    "sft": load_policy,
-    "reward": RewardModel.load,
-    "value": ValueModel.load,
-    "ppo": load_policy,
-}
 
 
 def examine() -> bool:
@@ -46,7 +40,7 @@ def examine() -> bool:
     device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"device: {device} ({os.cpu_count()} cores)")
     print(f"data:   {DATA_DIR}{'' if DATA_DIR.is_dir() else '  (missing)'}")
-    return all([_check(name, load) for name, load in CHECKPOINTS.items()])
+    return all([_check(name, kind) for name, kind in KINDS.items()])
 
 
 def untested(found: str, limits: tuple[str, str] = TESTED_PYTHON) -> str:
@@ -67,9 +61,9 @@ def _version(package: str, limits: tuple[str, str]) -> str:
     return f"{found}{untested(found, limits)}"
 
 
-def _check(name: str, load) -> bool:
+def _check(name: str, kind) -> bool:
     try:
-        model, tokenizer = load(name), load_tokenizer(name)
+        model, tokenizer = kind.from_pretrained(name), load_tokenizer(name)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # missing or damaged
         print(f"  {name:8s} does not load: {error}")
         return False

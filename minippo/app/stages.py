@@ -15,6 +15,10 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from minippo.app.launch import device_of, keep_freed_memory, prepared
+from minippo.app.report import write_report, written
+from minippo.app.run import Run
+from minippo.app.sources import PPO_PROMPTS, Source
 from minippo.batching import Encoded, check_context, decode_response, encode_rows
 from minippo.config import (
     EvalConfig,
@@ -25,8 +29,10 @@ from minippo.config import (
     SFTConfig,
     ValueConfig,
 )
-from minippo.devices import device_of, keep_freed_memory, precision, prepared, stored_as
-from minippo.distributed import alone, on_main
+from minippo.engine.devices import precision, stored_as
+from minippo.engine.loading import check_same_vocabulary
+from minippo.engine.passes import response_logits
+from minippo.engine.ranks import alone
 from minippo.evaluation import (
     annotated_summary,
     answer_statistics,
@@ -41,29 +47,17 @@ from minippo.evaluation import (
     win_rate,
 )
 from minippo.logprobs import gather_logprobs
-from minippo.models import (
-    RewardModel,
-    ValueModel,
-    check_same_vocabulary,
-    frozen_copy,
-    load_policy,
-    load_tokenizer,
-    response_logits,
-    tiny_gpt2,
-)
+from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_update, train_ppo
 from minippo.pretrain import encode_texts, perplexity, train_lm, train_tokenizer
-from minippo.report import write_report
-from minippo.reward_model import score_all, standardise_on, train_reward_model
+from minippo.reward_training import score_all, standardise_on, train_reward_model
 from minippo.rewards import prompt_values, standardize_scores
 from minippo.rollout import collect_rollout
-from minippo.run import Run
 from minippo.sft import train_sft
-from minippo.sources import PPO_PROMPTS, Source
-from minippo.tinyhh.annotator import judge, rank
-from minippo.value_model import prompt_explained_variance, train_value_model
-from minippo.xray import xray
+from minippo.token_table import xray
+from minippo.value_training import prompt_explained_variance, train_value_model
+from minippo.worlds.tinyhh.annotator import judge, rank
 
 
 def _closing(stage):
@@ -111,7 +105,7 @@ def start_of_sft(run: Run) -> str:
     return start_of(run, "pretrain")
 
 
-def load_start(run: Run, stage: str, load=load_policy):
+def load_start(run: Run, stage: str, load=Policy.from_pretrained):
     """A model of an earlier stage; the run gets its tokenizer."""
     path = start_of_sft(run) if stage == "base" else start_of(run, stage)
     tokenizer = load_tokenizer(path)
@@ -167,7 +161,7 @@ def pretrain_stage(run: Run, source: Source, config: PretrainConfig) -> None:
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
     model = tiny_gpt2(len(run.tokenizer), *sizes, run.tokenizer.eos_token_id, pad_id, seed)
     model = prepared(model, run.config)
-    train_lm(model, sequences[held_out:], config, pad_id, seed, run)
+    train_lm(model, sequences[held_out:], config, pad_id=pad_id, seed=seed, hooks=run)
     quality = {"held_out_perplexity": perplexity(model, sequences[:held_out], pad_id)}
     run.write_json("pretrain.json", quality)
     run.finish("pretrain")
@@ -180,7 +174,9 @@ def sft_stage(run: Run, source: Source, config: SFTConfig) -> None:
     limits = (config.max_prompt_tokens, config.max_response_tokens)
     check_context(policy, *limits)
     rows = encode(run, "sft", source.demonstrations(), limits, ("answer",))
-    train_sft(policy, rows, config, run.tokenizer.pad_token_id, run.config.seed, run)
+    train_sft(
+        policy, rows, config, pad_id=run.tokenizer.pad_token_id, seed=run.config.seed, hooks=run
+    )
     run.finish("sft")
 
 
@@ -258,7 +254,9 @@ def reward_stage(run: Run, source: Source, config: RewardConfig) -> None:
         rows, held_out = candidate_rows(run, source, policy, config)
     else:
         rows, held_out, margins = given_rows(run, source, config)
-    train_reward_model(reward_model, rows, config, pad_id, margins, seed, run)
+    train_reward_model(
+        reward_model, rows, config, pad_id=pad_id, margins=margins, seed=seed, hooks=run
+    )
     scores = reference = score(reward_model, held_out, pad_id)
     if not ranks_candidates:  # given answers are nobody's samples, so the reference answers itself
         prompts, limit = [row.prompt for row in held_out], config.max_response_tokens
@@ -280,7 +278,7 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     """
     policy = load_start(run, "sft")
     check_context(policy, ppo.max_prompt_tokens, ppo.max_response_tokens)
-    reward_model = load_start(run, "reward", RewardModel.load)
+    reward_model = load_start(run, "reward", RewardModel.from_pretrained)
     value_model = prepared(ValueModel.from_reward_model(reward_model), run.config)
     policy, reward_model = prepared(policy, run.config), prepared(reward_model, run.config)
     pad_id, seed = run.tokenizer.pad_token_id, run.config.seed
@@ -298,7 +296,9 @@ def value_stage(run: Run, source: Source, config: ValueConfig, ppo: PPOConfig) -
     targets = prompt_values(scores - ppo.missing_eos_penalty * endless).tolist()
     first = [Encoded(e.row, e.prompt, e.responses[:1]) for e in answers]
     count = len(first) - config.held_out
-    train_value_model(value_model, first[:count], targets[:count], config, pad_id, seed, run)
+    train_value_model(
+        value_model, first[:count], targets[:count], config, pad_id=pad_id, seed=seed, hooks=run
+    )
     explained = prompt_explained_variance(value_model, first[count:], targets[count:], pad_id)
     run.write_json("value.json", {"prompts": count, "explained_variance": explained})
     tqdm.write(f"value: explained variance of V(x) on {config.held_out} prompts {explained:.2f}")
@@ -311,14 +311,16 @@ def ppo_stage(run: Run, source: Source, config: PPOConfig) -> None:
     policy = load_start(run, "sft")
     check_context(policy, config.max_prompt_tokens, config.max_response_tokens)
     ref_policy = frozen(run, policy)
-    reward_model = frozen(run, load_start(run, "reward", RewardModel.load))
-    value_model = prepared(load_start(run, "value", ValueModel.load), run.config)
+    reward_model = frozen(run, load_start(run, "reward", RewardModel.from_pretrained))
+    value_model = prepared(load_start(run, "value", ValueModel.from_pretrained), run.config)
     policy = prepared(policy, run.config)
     rows = source.prompts("ppo", PPO_PROMPTS)
     prompts = [e.prompt for e in encode(run, "ppo", rows, (config.max_prompt_tokens, 1))]
     models = (policy, ref_policy, value_model, reward_model)
     stats = score_stats(reward_model, config)
-    train_ppo(*models, prompts, run.tokenizer, config, stats, run.config.seed, run)
+    train_ppo(
+        *models, prompts, run.tokenizer, config, score_stats=stats, seed=run.config.seed, hooks=run
+    )
     run.finish("ppo")
 
 
@@ -331,7 +333,7 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
     device = device_of(run.config)  # here models stay whole, also with --fsdp
     sft, ppo = load_start(run, "sft").to(device), load_start(run, "ppo").to(device)
     check_context(sft, config.max_prompt_tokens, config.max_response_tokens)
-    reward_model = frozen_copy(load_start(run, "reward", RewardModel.load)).to(device)
+    reward_model = frozen_copy(load_start(run, "reward", RewardModel.from_pretrained)).to(device)
     rows = source.prompts(config.prompts_of, config.prompts)
     kept = encode(run, "evaluate", rows, (config.max_prompt_tokens, 1))
     rows, prompts = [rows[e.row] for e in kept], [e.prompt for e in kept]
@@ -356,14 +358,12 @@ def evaluate_stage(run: Run, source: Source, config: EvalConfig) -> dict:
 
 
 def sample_all(run: Run, prompts, copies: dict, config: EvalConfig) -> dict[str, list[Encoded]]:
-    """The answers of several (policy, answers a prompt), under their names, with one bar."""
-    total, answers = len(prompts) * sum(n for _, n in copies.values()), {}
-    with tqdm(total=total, desc=f"{'evaluate':10s}", unit="answer") as bar:
-        for name, (policy, n) in copies.items():
-            seed = stream(run.config.seed, f"test/{name}")
-            options = (config.max_response_tokens, seed, n, config.temperature, bar.update)
-            answers[name] = sample_answers(policy, prompts, run.tokenizer, *options)
-    return answers
+    """The answers of several (policy, answers a prompt), under their names."""
+    limit, temperature = config.max_response_tokens, config.temperature
+    return {
+        name: sample_candidates(run, policy, prompts, n, limit, f"test/{name}", temperature)
+        for name, (policy, n) in copies.items()
+    }
 
 
 def summarise(run: Run, rows, answers: dict, sft, ppo, reward_model, config: EvalConfig):
@@ -428,7 +428,7 @@ def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> lis
     config = replace(config, steps=1, batch_size=1, minibatch_size=1, micro_batch_size=1)
     policy, seed = copy.deepcopy(ppo), run.config.seed
     trained = run.latest("ppo") / "value" if run.finished("ppo") else None  # PPO trained it on
-    value_model = load_start(run, "value", lambda path: ValueModel.load(trained or path))
+    value_model = load_start(run, "value", lambda path: ValueModel.from_pretrained(trained or path))
     value_model = value_model.to(ppo.device)
     stats, models = score_stats(reward_model, config), (policy, sft, value_model)
     rollout = collect_rollout(
@@ -469,7 +469,7 @@ def demo_stages(run: Run, source: Source) -> dict:
     if not run.finished("ppo"):
         ppo_stage(run, source, stages["ppo"])
     result = evaluate_stage(run, source, stages["eval"])
-    on_main(write_report)(run.folder)
+    write_report(run.folder)
     return result
 
 
@@ -488,17 +488,6 @@ def table_text(table: list[dict]) -> str:
     keys = [key for key in table[0] if key != "model"]
     lines = [f"{'':18s}" + "".join(f"{row['model']:>22s}" for row in table)]
     for key in keys:
-        cells = "".join(f"{_cell(key, row.get(key)):>22s}" for row in table)
+        cells = "".join(f"{written(key, row.get(key)):>22s}" for row in table)
         lines.append(f"{key.replace('_', ' '):18s}{cells}")
     return "\n".join(lines)
-
-
-def _cell(key: str, value) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return f"{value[0]:.1%} [{value[1]:.1%}, {value[2]:.1%}]"
-    shares = ("on_topic", "complying", "rude", "over_refusing", "unreadable", "rambling")
-    if key in (*shares, "ended", "distinct"):
-        return f"{value:.1%}"
-    return str(value) if isinstance(value, int) else f"{value:.2f}"

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from minippo.batching import Encoded, left_pad, right_pad
 from minippo.config import RewardConfig
-from minippo.devices import to_device
-from minippo.distributed import gather_dict, in_lockstep, own_rows, world
+from minippo.engine.gradients import accumulate_rows
+from minippo.engine.look import shared
+from minippo.engine.packing import to_device_of
 from minippo.losses import preference_loss, ranking_loss
 from minippo.models import RewardModel
 from minippo.optim import training_loop
@@ -18,12 +19,16 @@ def score_responses(reward_model, rows: list[Encoded], pad_id: int) -> Tensor:
 
     The K(K-1)/2 pairs of a prompt are differences of K scores: K forwards, not K(K-1).
     """
+    return reward_model.score_candidates(*to_device_of(reward_model, *candidates(rows, pad_id)))
+
+
+def candidates(rows: list[Encoded], pad_id: int) -> list[Tensor]:
+    """Rows of equal K as tensors: query and its mask (B, Q), responses and their mask (B, K, R)."""
     if len({len(row.responses) for row in rows}) > 1:
         raise ValueError("rows of different K share a batch; batch rows of equal K together")
-    device = next(reward_model.parameters()).device
-    queries = left_pad([row.prompt for row in rows], pad_id)
+    queries = left_pad([row.prompt for row in rows], pad_id)  # (B, Q)
     responses = right_pad([response for row in rows for response in row.responses], pad_id)
-    return reward_model.score_candidates(*to_device((*queries, *responses), device))
+    return [*queries, *(x.unflatten(0, (len(rows), -1)) for x in responses)]  # (B, K, R)
 
 
 def reward_loss(scores: Tensor, margins: Tensor | None = None) -> Tensor:
@@ -39,8 +44,8 @@ def reward_loss(scores: Tensor, margins: Tensor | None = None) -> Tensor:
 
 
 def train_reward_model(
-    reward_model: RewardModel, rows: list[Encoded], config: RewardConfig, pad_id: int,
-    margins: list[float] | None = None, seed: int = 0, hooks=None,
+    reward_model: RewardModel, rows: list[Encoded], config: RewardConfig, *, pad_id: int,
+    margins: list[float] | None = None, seed=0, hooks=None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains in place on rows whose responses are ordered best first; K may differ.
 
@@ -49,25 +54,17 @@ def train_reward_model(
     Raises ValueError if a row is longer than the model's context.
     """
 
+    def loss_of(indices):
+        scores = score_responses(reward_model, [rows[i] for i in indices], pad_id)  # (B, K)
+        gaps = [torch.tensor([margins[i] for i in indices])] if margins else []  # (B,)
+        loss = reward_loss(scores, *to_device_of(reward_model, *gaps))
+        return loss, {"loss/reward": loss, "reward/accuracy": pair_accuracy(scores.detach())}
+
     def gradients(indices):
-        sums = {"loss/reward": 0.0, "reward/accuracy": 0.0}
-        own = indices[own_rows(len(indices))]
-        sizes = [len(rows[i].responses) for i in own]
-        for places, counts in in_lockstep(ranked_batches(sizes, config.micro_batch_size)):
-            piece = [own[place] for place in places]
-            scores = score_responses(reward_model, [rows[i] for i in piece], pad_id)
-            gaps = None
-            if margins:
-                (gaps,) = to_device([torch.tensor([margins[i] for i in piece])], scores.device)
-            share = counts * len(piece) / len(indices)
-            loss = reward_loss(scores, gaps) * share
-            loss.backward()
-            sums["loss/reward"] += loss.detach()
-            sums["reward/accuracy"] += pair_accuracy(scores.detach()) * share
-        return sums
+        return accumulate_rows(loss_of, indices, equal_k(rows, config.micro_batch_size))
 
     models, lengths = {"reward": reward_model}, [row.length for row in rows]
-    return training_loop("reward", models, lengths, gradients, config, seed, hooks)
+    return training_loop("reward", models, lengths, gradients, config, seed=seed, hooks=hooks)
 
 
 def pair_accuracy(scores: Tensor) -> Tensor:
@@ -75,6 +72,16 @@ def pair_accuracy(scores: Tensor) -> Tensor:
     size, device = scores.shape[1], scores.device
     better, worse = torch.triu_indices(size, size, offset=1, device=device)
     return (scores[:, better] > scores[:, worse]).to(torch.get_default_dtype()).mean()
+
+
+def equal_k(rows: list[Encoded], size: int):
+    """A function that cuts places of rows into batches of `size` rows of equal K."""
+
+    def cut(places: list[int]) -> list[list[int]]:
+        batches = ranked_batches([len(rows[i].responses) for i in places], size)
+        return [[places[i] for i in batch] for batch in batches]
+
+    return cut
 
 
 @torch.no_grad()
@@ -86,18 +93,15 @@ def score_all(
     batch_size: responses in the model at once
     on_batch: called with the number of rows done
     """
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    most = max((len(row.responses) for row in rows), default=1)
     scores: dict[int, list[float]] = {}
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length)[own_rows(len(rows))]
-    sizes = [len(rows[i].responses) for i in order]
-    parts = ranked_batches(sizes, max(1, batch_size // max(sizes, default=1)))
-    for places, _ in in_lockstep(parts):
-        piece = [order[place] for place in places]
-        batch = score_responses(reward_model, [rows[i] for i in piece], pad_id)
-        for row, values in zip(piece, batch.tolist(), strict=True):
-            scores[row] = values
+    for batch in equal_k(rows, max(1, batch_size // most))(order):
+        padded = candidates([rows[i] for i in batch], pad_id)
+        found = shared(reward_model, reward_model.score_candidates, *padded)  # (B, K)
+        scores |= zip(batch, found.tolist(), strict=True)
         if on_batch:
-            on_batch(len(piece) * world())
-    scores = gather_dict(scores)
+            on_batch(len(batch))
     return [scores[row] for row in range(len(rows))]
 
 

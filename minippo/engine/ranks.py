@@ -6,20 +6,14 @@ and the weights know nothing of ranks. In one process everything here does nothi
 """
 
 import functools
-import os
-import signal
 import warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# A process that dies is noticed at once, since its connections close. This is for one that hangs,
-# and longer than rank 0 takes to write the checkpoint of a large model, while the others wait.
-TIMEOUT = timedelta(minutes=10)
 BUCKET = 2**24  # numbers in one message (64 MB): large enough that its latency does not count
 _alone = ContextVar("alone", default=False)
 
@@ -38,7 +32,7 @@ def rank() -> int:
 # what a process does of a batch
 
 
-def own_rows(count: int) -> slice:
+def rows_of_this_rank(count: int) -> slice:
     """Which of the rows of a batch are this process's: every world-th, so all are equally long.
 
     Raises ValueError if there are fewer rows than processes.
@@ -49,19 +43,19 @@ def own_rows(count: int) -> slice:
     return slice(rank(), None, world())
 
 
-def in_lockstep(pieces: list) -> list[tuple]:
-    """(piece, counts) of this process's pieces, as many on every rank.
+def in_lockstep(chunks) -> list[tuple]:
+    """(chunk, counts) of this process's chunks, as many on every rank.
 
     Passes through a sharded model must be made by all ranks together. So a rank that has fewer
-    pieces repeats its last one; `counts` is False there, and its gradients get the weight 0.
+    chunks repeats its last one; `counts` is False there, and its gradients get the weight 0.
     """
-    passes = _largest(len(pieces))
-    return [(pieces[min(i, len(pieces) - 1)], i < len(pieces)) for i in range(passes)]
+    passes = largest(len(chunks))
+    return [(chunks[min(i, len(chunks) - 1)], i < len(chunks)) for i in range(passes)]
 
 
-def anywhere(flag: bool) -> bool:
+def on_any_rank(flag: bool) -> bool:
     """Whether the flag is True on any rank: ranks that generate go on until all are done."""
-    return bool(_largest(int(flag)))
+    return bool(largest(int(flag)))
 
 
 # how results are put together
@@ -77,15 +71,6 @@ def gather_rows(x: Tensor, rows, count: int) -> Tensor:
     whole = x.new_zeros((count, *x.shape[1:]))
     whole[rows] = x
     return all_sum(whole)  # the other ranks have zeros there
-
-
-def gather_dict(own: dict) -> dict:
-    """The entries of all ranks in one dictionary."""
-    if world() == 1:
-        return own
-    parts = [None] * world()
-    dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -124,7 +109,8 @@ def sum_gradients(parameters) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def _largest(number: int) -> int:
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers, on each."""
     if world() == 1:
         return number
     value = torch.tensor(number)
@@ -236,7 +222,7 @@ def on_main(action):
         _wait()
         if rank() == 0:
             result, failure = _tried(action, *arguments, **options)
-        if anywhere(rank() == 0 and failure is not None):
+        if on_any_rank(rank() == 0 and failure is not None):
             raise failure
         return result
 
@@ -253,61 +239,4 @@ def _tried(action, *arguments, **options) -> tuple:
 
 
 def _wait() -> None:
-    anywhere(False)
-
-
-@contextmanager
-def joined():
-    """Inside, the processes that torchrun started work together, and only rank 0 has a terminal.
-
-    CPU tensors travel by gloo, those on CUDA by nccl; each process takes the card of its number.
-    Raises ProcessLost if another process is gone, ValueError if there are too few cards.
-    """
-    if not dist.is_available() or not dist.is_torchelastic_launched():
-        yield
-        return
-    local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if 0 < cards <= local:
-        message = f"{local + 1} processes on a machine with {cards} cards"
-        raise ValueError(f"{message}; lower --nproc-per-node, or hide them: CUDA_VISIBLE_DEVICES=")
-    if cards:
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=TIMEOUT)
-    before = signal.signal(signal.SIGTERM, _stopped)
-    try:
-        with _one_terminal():
-            yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-            raise
-        raise _lost() from error
-    finally:
-        dist.destroy_process_group()
-        if signal.getsignal(signal.SIGTERM) is _stopped:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _stopped(signum, frame):
-    """torchrun ends all processes when one has ended."""
-    raise _lost()
-
-
-class ProcessLost(KeyboardInterrupt):
-    """Another process has ended, so this one is over as well: no error of what it was doing."""
-
-    is_said_by_all = True  # whoever is left, says it
-
-
-def _lost() -> ProcessLost:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to be said before the end
-    message = "another process of this run ended, or torchrun was told to stop"
-    return ProcessLost(f"{message}; what was saved is whole: go on with --resume")
-
-
-@contextmanager
-def _one_terminal():
-    if rank() == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+    on_any_rank(False)

@@ -1,0 +1,1 @@
+"""The commands: what they run, write, show and report."""
