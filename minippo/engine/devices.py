@@ -1,4 +1,4 @@
-"""What depends on the device: which one, in which precision, and what is traded for its memory.
+"""What depends on the device: precision, copies to it, and what is traded for its memory.
 
 Nothing here changes what is computed on a CPU by default: there it is torch's default dtype, and
 copies are none.

@@ -128,7 +128,7 @@ class Rows:
 
     def read_in_chunks_of(self, size: int):
         """The same, of which models without gradients read `size` rows at a time."""
-        return self._knowing(rows_at_once=size)
+        return replace(self)._knowing(lengths=self.lengths, rows_at_once=size)
 
     @cached_property
     def chunks(self) -> list[tuple["Rows", Tensor]]:

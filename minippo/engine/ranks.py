@@ -141,7 +141,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     # It warns of operations in place on what a backbone returns. There are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    # What `models.py` calls: a policy, or a backbone and, apart from it, the head of width 1.
+    # What is called: a policy (passes.py), or a backbone and, apart from it, the head of width 1.
     classifier = getattr(model, "classifier", None)
     called = [classifier.base_model, classifier.score] if classifier is not None else [model]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
