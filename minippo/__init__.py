@@ -2,7 +2,7 @@
 
 Every public name is here: `minippo.gae`, `minippo.train_ppo`, `minippo.PPOConfig` ... It is looked
 up when it is first asked for, so that importing minippo costs nothing. `minippo.checks` marks the
-exercises; `minippo.worlds` has the worlds whose truth is known.
+exercises.
 """
 
 from importlib import import_module
@@ -38,16 +38,16 @@ _PUBLIC = {
     "token_table": "xray",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = [*_MODULE_OF, "checks", "worlds"]
+__all__ = [*_MODULE_OF, "checks"]
 
 
 def __getattr__(name: str):
-    if name in ("checks", "worlds"):
-        return import_module(f"{__name__}.{name}")
+    if name == "checks":
+        return import_module(f"{__name__}.checks")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"import_module"})

@@ -25,7 +25,7 @@ def row_uniforms(seed: int, step: int, rows, length: int) -> Tensor:
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """One token per row by inverting the cumulative distribution.
 
-    logits: (B, V)
+    logits: (B, V), in float32 or better
     uniforms: (B,) in [0, 1)
     returns: tokens (B,), the first whose cumulative probability exceeds the uniform number
     """
@@ -64,7 +64,7 @@ def _write(policy, eos_id, pad_id, temperature, query, query_mask, uniforms) -> 
         logits, cache = next_logits(policy, tokens, attention_mask, cache)  # (A, V)
         sampled = sample_tokens(logits, uniforms[alive, t], temperature)  # (A,)
         response[alive, t] = sampled
-        going_on = (sampled != eos_id).nonzero().squeeze(-1)
+        going_on = (sampled != eos_id).nonzero().squeeze(-1)  # which of the A
         if len(going_on) == 0:
             break
         if len(going_on) < len(alive):
@@ -83,6 +83,7 @@ def generate_many(
 
     Prompts of similar length share a batch. Which ones do changes nothing, since randomness is
     keyed by the prompt's place.
+    batch_size: prompts in the model at once, of all processes together
     on_batch: called with the number of prompts of each batch that is done
     """
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id

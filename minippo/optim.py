@@ -1,4 +1,4 @@
-"""What all trainings share: AdamW as PPO wants it, schedule, clipping, the loop and its hooks."""
+"""What all trainings share: AdamW as PPO wants it, the schedule, the loop and its hooks."""
 
 import math
 
@@ -16,7 +16,7 @@ class NonFiniteError(ValueError):
 class Hooks:
     """What a training calls; the default does nothing: library calls are silent, leave no files.
 
-    `run.py` has the ones that draw progress bars, write metrics and checkpoints, and resume.
+    `app/run.py` has the ones that draw progress bars, write metrics and checkpoints, and resume.
     """
 
     def start(self, stage: str, total: int, state: dict) -> int:

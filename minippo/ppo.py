@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from minippo.batching import batch_plan, check_context
 from minippo.config import PPOConfig
-from minippo.engine.gradients import accumulate, optimizer_step
+from minippo.engine.gradients import accumulate, check_shares, optimizer_step
 from minippo.engine.look import response_logprobs, response_logprobs_and_kl, response_values
 from minippo.kl import KL_ESTIMATORS, adapt_kl_coef
 from minippo.losses import policy_loss, ppo_objective, value_loss
@@ -111,6 +111,8 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
         raise ValueError("ref_policy is the policy itself: KL stays 0; pass frozen_copy(policy)")
     if not all(prompts):
         raise ValueError("a prompt has no token: nothing would predict its answer's first; drop it")
+    last = min(len(prompts), config.batch_size) % config.minibatch_size
+    check_shares(last or config.minibatch_size)
     longest = max(map(len, prompts), default=0)
     for model in (policy, ref_policy, value_model, score_fn):
         check_context(model, longest, config.max_response_tokens)
@@ -119,7 +121,7 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
 
 
 def update_progress(progress: dict, metrics: dict, step: int, config: PPOConfig) -> bool:
-    """Adapts kl_coef for the next step if a target is set; True if it is time to stop.
+    """Adapts kl_coef for the next step, remembers the best score; True if it is time to stop.
 
     The KL is that of the answers just sampled: k1 summed over an answer, before the update.
     """

@@ -27,7 +27,7 @@ def candidates(rows: list[Encoded], pad_id: int) -> list[Tensor]:
     if len({len(row.responses) for row in rows}) > 1:
         raise ValueError("rows of different K share a batch; batch rows of equal K together")
     queries = left_pad([row.prompt for row in rows], pad_id)  # (B, Q)
-    responses = right_pad([response for row in rows for response in row.responses], pad_id)
+    responses = right_pad([x for row in rows for x in row.responses], pad_id)  # (B * K, R)
     return [*queries, *(x.unflatten(0, (len(rows), -1)) for x in responses)]  # (B, K, R)
 
 
@@ -75,11 +75,11 @@ def pair_accuracy(scores: Tensor) -> Tensor:
 
 
 def equal_k(rows: list[Encoded], size: int):
-    """A function that cuts places of rows into batches of `size` rows of equal K."""
+    """A function that cuts indices of rows into batches of `size` rows of equal K."""
 
-    def cut(places: list[int]) -> list[list[int]]:
-        batches = ranked_batches([len(rows[i].responses) for i in places], size)
-        return [[places[i] for i in batch] for batch in batches]
+    def cut(indices: list[int]) -> list[list[int]]:
+        batches = ranked_batches([len(rows[i].responses) for i in indices], size)
+        return [[indices[i] for i in batch] for batch in batches]
 
     return cut
 
@@ -90,7 +90,7 @@ def score_all(
 ) -> list[list[float]]:
     """Scores of every response of every row; rows of similar length share a batch.
 
-    batch_size: responses in the model at once
+    batch_size: responses in the model at once, of all processes together
     on_batch: called with the number of rows done
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].length)

@@ -33,7 +33,7 @@ class Rollout(Samples):
     logprobs: Tensor  # (B, R) log pi of the policy that sampled
     ref_logprobs: Tensor  # (B, R) log pi of the reference
     values: Tensor  # (B, R) V(query, response[:t]), before token t
-    kl: Tensor  # (B, R) estimate of KL(policy || ref) that the reward is charged for
+    kl: Tensor  # (B, R) estimate of KL(policy, ref) that the reward is charged for
     entropy: Tensor  # (B, R) of the policy's next-token distribution
     raw_scores: Tensor  # (B,) what score_fn returned
     scores: Tensor  # (B,) standardised, minus the missing-EOS penalty
@@ -56,7 +56,7 @@ def collect_rollout(
     """Samples one answer to each prompt and computes everything PPO needs of it.
 
     score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); it sees
-        config.micro_batch_size answers at once
+        config.micro_batch_size answers at once, in order of their lengths
     kl_coef: the coefficient in force (config.kl_coef if None)
     score_stats: mean and std of scores on reference samples
     rows: global numbers of the prompts, which key the sampling
@@ -119,8 +119,8 @@ def estimate_advantages(rewards, values, mask, config: PPOConfig) -> tuple[Tenso
     """
     if config.advantage == "gae":
         return gae(rewards, values, mask, config.gamma, config.lam)
-    total = rewards.sum(1)  # R(x, y)
-    advantages = simple_advantages(total, values[:, 0])
+    total = rewards.sum(1)  # (B,) R(x, y)
+    advantages = simple_advantages(total, values[:, 0])  # (B,)
     return advantages[:, None] * mask, total[:, None] * mask
 
 

@@ -112,7 +112,7 @@ class _Tokenizer:
 
 
 def _lines_of(code) -> set[int]:
-    """The lines of code of a function, without those of the functions inside it."""
+    """The lines of code of a function, with those of the functions inside it."""
     path = Path(code.co_filename)
     nodes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, nodes)]

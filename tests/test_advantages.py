@@ -8,15 +8,12 @@ from minippo.advantages import gae, simple_advantages
 NAN = float("nan")
 B, R = 4, 6
 PREFIX = torch.arange(R) < torch.tensor([[6], [4], [1], [3]])
-HOLES = torch.tensor(
-    [
-        [1, 0, 1, 1, 0, 1],
-        [0, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-    ],
-    dtype=torch.bool,
-)
+HOLES = torch.tensor([
+    [1, 0, 1, 1, 0, 1],
+    [0, 1, 1, 0, 0, 0],
+    [0, 0, 0, 1, 0, 0],
+    [1, 1, 0, 0, 1, 0],
+], dtype=torch.bool)
 MASKS = pytest.mark.parametrize("mask", [PREFIX, HOLES], ids=["prefix", "holes"])
 GAMMA_LAM = pytest.mark.parametrize(
     "gamma, lam", [(1, 0.95), (0.9, 0.8), (1, 1), (0.9, 0), (0, 0.5)]
@@ -74,10 +71,8 @@ def test_gae_with_lam_1_is_discounted_return_minus_value(mask):
     _, returns = gae(rewards, values, mask, gamma=0.9, lam=1.0)
     for b in range(B):
         counted = rewards[b][mask[b]].tolist()
-        to_go = [
-            sum(0.9 ** (l - t) * counted[l] for l in range(t, len(counted)))
-            for t in range(len(counted))
-        ]
+        to_go = [sum(0.9 ** (l - t) * counted[l] for l in range(t, len(counted)))
+                 for t in range(len(counted))]
         assert returns[b][mask[b]].tolist() == pytest.approx(to_go, rel=1e-10)
 
 

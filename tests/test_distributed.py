@@ -26,7 +26,7 @@ from minippo.app.launch import joined
 from minippo.app.run import Run
 from minippo.batching import Encoded, left_pad
 from minippo.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, ValueConfig
-from minippo.engine import ranks as distributed
+from minippo.engine import ranks
 from minippo.engine.devices import checkpoint_layers, stored_as
 from minippo.engine.ranks import (
     all_sum,
@@ -43,6 +43,7 @@ from minippo.engine.ranks import (
     whole,
     world,
 )  # fmt: skip
+from minippo.evaluation import kl_per_sequence
 from minippo.generation import generate, generate_many
 from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import Hooks
@@ -51,7 +52,7 @@ from minippo.pretrain import train_lm
 from minippo.reward_training import score_all, train_reward_model
 from minippo.rollout import collect_rollout
 from minippo.sft import train_sft
-from minippo.value_training import train_value_model
+from minippo.value_training import prompt_explained_variance, train_value_model
 
 pytestmark = pytest.mark.integration
 
@@ -111,7 +112,7 @@ def parts() -> dict:
     model = torch.nn.Linear(3, 5)
     model.weight.grad = torch.full((5, 3), 1.0 + number)
     model.bias.grad = torch.arange(5.0) * 10**number
-    distributed.BUCKET = 4  # so that there are two messages
+    ranks.BUCKET = 4  # so that there are two messages
     sum_gradients(model.parameters())
     own = torch.arange(8)[rows_of_this_rank(8)]
     with alone():
@@ -146,7 +147,7 @@ def test_what_three_processes_do_together(tmp_path):
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(ranks, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 processes cannot share a batch of 2 rows"):
         rows_of_this_rank(2)
 
@@ -161,11 +162,11 @@ def test_what_fails_in_the_main_process_is_raised_there_as_it_was(monkeypatch):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        distributed.on_main(write)()
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "on_any_rank", lambda flag: True)  # the main one has failed
+        ranks.on_main(write)()
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "on_any_rank", lambda flag: True)  # the main one has failed
     with pytest.raises(ValueError, match="main process could not go on"):
-        distributed.on_main(write)()
+        ranks.on_main(write)()
 
 
 def test_an_error_that_all_processes_meet_is_said_by_the_main_one(monkeypatch):
@@ -238,6 +239,10 @@ def small_training(split: bool) -> dict:
         "advantages": rollout.advantages,
         "many": generate_many(ref_policy, PROMPTS, Tokenizer, 12, 3, batch_size=2),
         "answers": generate(models[1], query, mask, 12, 1, 0, 3),
+        "two rows": [  # fewer than there are processes
+            prompt_explained_variance(value_model, RANKINGS[:2], [0.5, -1.0], 0),
+            kl_per_sequence(*models[:2], RANKINGS[:2], 0),
+        ],
         "scores": score_all(reward_model, RANKINGS, 0, batch_size=3),
         "history": history,
         "weights": [whole(p.detach()) for m in [base, *models] for p in m.parameters()],
@@ -268,6 +273,7 @@ def test_uneven_shares_give_the_updates_of_one_process(small, name, error):
         torch.testing.assert_close(got["advantages"], expected["advantages"], rtol=0, atol=2e-5)
         torch.testing.assert_close(got["half"], expected["half"], rtol=0, atol=2e-5)
         assert got["halving"] > 1e-4  # or it was not half precision
+        assert got["two rows"] == pytest.approx(expected["two rows"], rel=1e-3)
         torch.testing.assert_close(got["weights"], expected["weights"], **close)
         torch.testing.assert_close(got["scores"], expected["scores"], rtol=0, atol=2e-5)
         torch.testing.assert_close(got["history"], expected["history"], rtol=1e-4, atol=2e-5)

@@ -47,9 +47,11 @@ def policy():
     return lively(MODELS["gpt2"]())
 
 
-def sample(policy, prompts=PROMPTS, eos_id=EOS, pad_id=PAD, seed=3, step=2, rows=None, heat=1.0):
+def sample(
+    policy, prompts=PROMPTS, eos_id=EOS, pad_id=PAD, seed=3, step=2, rows=None, temperature=1.0
+):
     query, mask = left_pad(prompts, pad_id)
-    return generate(policy, query, mask, LENGTH, eos_id, pad_id, seed, step, rows, heat)
+    return generate(policy, query, mask, LENGTH, eos_id, pad_id, seed, step, rows, temperature)
 
 
 def answers(response, eos_id=EOS):
@@ -151,7 +153,7 @@ def reference(policy, prompt, row, seed, step, temperature, eos_id):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_cache_gives_the_tokens_of_a_loop_without_one(any_policy, temperature):
     rows = [7, 3, 100, 12, 5, 6, 2**40, 0]
-    response = sample(any_policy, rows=rows, heat=temperature)
+    response = sample(any_policy, rows=rows, temperature=temperature)
     expected = [
         reference(any_policy, prompt, row, 3, 2, temperature, EOS)
         for prompt, row in zip(PROMPTS, rows, strict=True)
@@ -222,7 +224,7 @@ def test_the_global_generator_has_no_part_in_it(policy):
 
 
 def test_a_low_temperature_takes_the_most_probable_token(policy):
-    response = sample(policy, heat=1e-3)
+    response = sample(policy, temperature=1e-3)
     for prompt, answer in zip(PROMPTS, answers(response), strict=True):
         tokens = list(prompt)
         for token in answer:
@@ -261,12 +263,12 @@ def test_one_token_is_the_shortest_response(policy):
 
 
 def test_first_tokens_follow_the_policys_own_distribution(policy):
-    count, heat = 6000, 1.5
+    count, temperature = 6000, 1.5
     query, mask = left_pad([[5, 6, 7]] * count, PAD)
     with torch.no_grad():
         logits = policy(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double()
-    expected = count * torch.softmax(logits / heat, -1)
-    tokens = generate(policy, query, mask, 1, EOS, PAD, seed=0, temperature=heat)[:, 0]
+    expected = count * torch.softmax(logits / temperature, -1)
+    tokens = generate(policy, query, mask, 1, EOS, PAD, seed=0, temperature=temperature)[:, 0]
     seen = torch.bincount(tokens, minlength=V)
     common = expected >= 5  # the rule of thumb for chi-square cells
     rest = torch.stack([seen[~common].sum(), expected[~common].sum()])

@@ -200,7 +200,7 @@ def test_a_rollout_waits_once_a_token_and_once_for_each_batch_of_scores(gpu):
 
 
 def test_rollout_and_update_are_those_of_the_cpu(gpu):
-    # The device gets other masks than the CPU (devices.py), which must mean the same.
+    # The device gets other masks than the CPU (passes.py), which must mean the same.
     def step(device):
         config = PPOConfig(**PPO, kl_loss_coef=0.1)
         policy, ref_policy, value_model, reward_model = four_models(device)

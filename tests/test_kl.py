@@ -124,13 +124,10 @@ def test_kl_full_equals_torch_distributions():
     assert (reverse - expected).abs().min() > 1e-3  # the slip: weights of the reference
 
 
-@pytest.mark.parametrize(
-    "ref, expected",
-    [
-        ((0.5, 0.5, 0.0), 0.0),  # both exclude the token: 0 log (0 / 0) = 0
-        ((0.25, 0.25, 0.5), 0.693147),  # only the policy does: 2 * 1/2 ln(2) + 0 log (0 / 0.5)
-    ],
-)
+@pytest.mark.parametrize("ref, expected", [
+    ((0.5, 0.5, 0.0), 0.0),       # both exclude the token: 0 log (0 / 0) = 0
+    ((0.25, 0.25, 0.5), 0.693147),  # only the policy does: 2 * 1/2 ln(2) + 0 log (0 / 0.5)
+])
 def test_kl_full_takes_0_log_0_as_0(ref, expected):
     logprobs = torch.tensor([[[0.5, 0.5, 0.0]]]).log().requires_grad_()
     kl = kl_full(logprobs, torch.tensor([[ref]]).log())
@@ -187,17 +184,14 @@ def test_estimators_keep_the_dtype(name, dtype):
     assert got.dtype == dtype and got.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "kl, factor",
-    [
-        (6.0, 1.0),  # on target: unchanged
-        (6.6, 1 + 0.1 * 0.0512),  # 10% above: e = 0.1
-        (5.4, 1 - 0.1 * 0.0512),
-        (60.0, 1 + 0.2 * 0.0512),  # far above: e is clipped to 0.2
-        (0.0, 1 - 0.2 * 0.0512),
-        (-3.0, 1 - 0.2 * 0.0512),  # an estimate can be negative
-    ],
-)
+@pytest.mark.parametrize("kl, factor", [
+    (6.0, 1.0),                # on target: unchanged
+    (6.6, 1 + 0.1 * 0.0512),   # 10% above: e = 0.1
+    (5.4, 1 - 0.1 * 0.0512),
+    (60.0, 1 + 0.2 * 0.0512),  # far above: e is clipped to 0.2
+    (0.0, 1 - 0.2 * 0.0512),
+    (-3.0, 1 - 0.2 * 0.0512),  # an estimate can be negative
+])
 def test_adapt_kl_coef_worked_by_hand(kl, factor):
     # batch / horizon = 512 / 10,000 = 0.0512
     arguments = {"target_kl": 6.0, "horizon": 10_000.0, "batch_size": 512}

@@ -199,17 +199,14 @@ def test_policy_loss_and_stats_equal_a_loop_over_floats(clip_range):
 
 
 # One token, A = ±1, eps = 0.2. With L = -A ρ the gradient dL/dlogπ is -A ρ, or 0 if clipped.
-@pytest.mark.parametrize(
-    "advantage, ratio, clipped",
-    [
-        (1.0, 0.7, False),  # good token became rarer: pull it back up, no clip
-        (1.0, 1.1, False),  # inside
-        (1.0, 1.3, True),  # good and already frequent enough: stop
-        (-1.0, 0.7, True),  # bad and already rare enough: stop
-        (-1.0, 0.9, False),  # inside
-        (-1.0, 1.3, False),  # bad token became more frequent: push it down, no clip
-    ],
-)
+@pytest.mark.parametrize("advantage, ratio, clipped", [
+    (1.0, 0.7, False),   # good token became rarer: pull it back up, no clip
+    (1.0, 1.1, False),   # inside
+    (1.0, 1.3, True),    # good and already frequent enough: stop
+    (-1.0, 0.7, True),   # bad and already rare enough: stop
+    (-1.0, 0.9, False),  # inside
+    (-1.0, 1.3, False),  # bad token became more frequent: push it down, no clip
+])
 def test_the_clip_stops_the_gradient_only_on_the_side_it_pushes_to(advantage, ratio, clipped):
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
@@ -290,18 +287,15 @@ def test_value_loss_and_stats_equal_a_loop_over_floats(clip_range):
 
 
 # Old value 0, eps 0.2: value, return, expected gradient (V - R, or 0 where the clipped error wins).
-@pytest.mark.parametrize(
-    "value, target, gradient",
-    [
-        (0.5, 1.0, 0.0),  # moved past the range towards the return: stop
-        (-0.5, -1.0, 0.0),
-        (0.5, -1.0, 1.5),  # moved away from the return: pull back, no clip
-        (-0.5, 1.0, -1.5),
-        (0.1, 1.0, -0.9),  # inside
-        (-0.1, 1.0, -1.1),
-        (0.5, 0.45, 0.0),  # beyond the range, the return between: clipped error is the larger
-    ],
-)
+@pytest.mark.parametrize("value, target, gradient", [
+    (0.5, 1.0, 0.0),     # moved past the range towards the return: stop
+    (-0.5, -1.0, 0.0),
+    (0.5, -1.0, 1.5),    # moved away from the return: pull back, no clip
+    (-0.5, 1.0, -1.5),
+    (0.1, 1.0, -0.9),    # inside
+    (-0.1, 1.0, -1.1),
+    (0.5, 0.45, 0.0),    # beyond the range, the return between: clipped error is the larger
+])
 def test_value_clip_gradient_by_hand(value, target, gradient):
     values = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
     old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)

@@ -74,7 +74,7 @@ def test_masked_whiten_forgets_shift_and_scale():
 def test_the_epsilon_of_masked_whiten_is_1e_8():
     # values ±1e-4: variance 1e-8 (biased), so z = 1e-4 / sqrt(1e-8 + 1e-8) = 1 / sqrt(2)
     x, mask = torch.tensor([[1e-4, -1e-4]]).double(), torch.ones(1, 2, dtype=torch.bool)
-    assert masked_whiten(x, mask, unbiased=False)[0, 0].item() == pytest.approx(2**-0.5, rel=1e-6)
+    assert masked_whiten(x, mask, unbiased=False)[0, 0].item() == pytest.approx(2 ** -0.5, rel=1e-6)
 
 
 def test_masked_whiten_of_equal_values_is_0_and_not_nan():
@@ -128,17 +128,14 @@ def test_an_empty_mask_gives_nan_and_not_a_silent_0():
     assert masked_mean(X, torch.zeros_like(MASK)).isnan()
 
 
-@pytest.mark.parametrize(
-    "row, expected",
-    [
-        ([5, 6, EOS, 7, 8], [1, 1, 1, 0, 0]),
-        ([EOS, 6, 7, 8, 5], [1, 0, 0, 0, 0]),
-        ([5, 6, 7, 8, EOS], [1, 1, 1, 1, 1]),
-        ([5, 6, 7, 8, 4], [1, 1, 1, 1, 1]),  # never stopped: every token counts
-        ([5, EOS, EOS, EOS, EOS], [1, 1, 0, 0, 0]),  # pad is EOS: the first one counts
-        ([EOS, EOS, 5, EOS, 6], [1, 0, 0, 0, 0]),
-    ],
-)
+@pytest.mark.parametrize("row, expected", [
+    ([5, 6, EOS, 7, 8], [1, 1, 1, 0, 0]),
+    ([EOS, 6, 7, 8, 5], [1, 0, 0, 0, 0]),
+    ([5, 6, 7, 8, EOS], [1, 1, 1, 1, 1]),
+    ([5, 6, 7, 8, 4], [1, 1, 1, 1, 1]),      # never stopped: every token counts
+    ([5, EOS, EOS, EOS, EOS], [1, 1, 0, 0, 0]),  # pad is EOS: the first one counts
+    ([EOS, EOS, 5, EOS, 6], [1, 0, 0, 0, 0]),
+])
 def test_response_mask_counts_up_to_and_with_the_first_eos(row, expected):
     for eos_id in (EOS, torch.tensor(EOS)):
         mask = response_mask(torch.tensor([row]), eos_id)

@@ -374,14 +374,14 @@ def test_a_weak_reward_leaves_the_reference_where_it_is(world, ref):
 # --- models -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.6])
-def test_a_gpt2_is_read_as_its_own_unpadded_rows(world, heat):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_gpt2_is_read_as_its_own_unpadded_rows(world, temperature):
     model = gpt2(4)
-    got = world.logprobs_all(model, heat)
+    got = world.logprobs_all(model, temperature)
     assert got.dtype == torch.float64
     for s, state in enumerate(world.states):
         logits = model(input_ids=torch.tensor([[0, *state]])).logits[0, -1]
-        expected = torch.log_softmax(logits.double() / heat, -1)
+        expected = torch.log_softmax(logits.double() / temperature, -1)
         torch.testing.assert_close(got[s], expected, rtol=1e-5, atol=1e-5)
 
 

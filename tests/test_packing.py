@@ -70,7 +70,7 @@ def test_no_column_is_left_that_is_padding_in_every_row():
     assert packed.tokens.shape == (3, 4)  # of 9: the longest of them has 4 + 1 tokens
 
 
-def test_spread_puts_numbers_where_their_tokens_stand():
+def test_unpack_puts_numbers_where_their_tokens_stand():
     tokens, attention_mask, mask = batch(hole=True)
     packed = pack(tokens, attention_mask, mask)
     numbers = torch.arange(1.0, int(mask.sum()) + 1, requires_grad=True)

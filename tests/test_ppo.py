@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minippo.config import PPOConfig
-from minippo.engine import look
+from minippo.engine import look, ranks
 from minippo.engine.passes import response_logits
 from minippo.models import RewardModel, ValueModel, frozen_copy, tiny_gpt2
 from minippo.optim import Hooks, NonFiniteError, adamw
@@ -149,11 +149,11 @@ def test_the_loss_and_its_parts_by_a_loop_over_tokens(estimator):
 
 
 @torch.no_grad()
-def lone_row(policy, ref_policy, value_model, i, answer, heat):
+def lone_row(policy, ref_policy, value_model, i, answer, temperature):
     """Log-softmaxes of policy and reference and the values of one unpadded row."""
     ids, start = torch.tensor([PROMPTS[i] + answer]), len(PROMPTS[i]) - 1
     p, q = (
-        torch.log_softmax(m(input_ids=ids).logits[0, start:-1] / heat, -1)
+        torch.log_softmax(m(input_ids=ids).logits[0, start:-1] / temperature, -1)
         for m in (policy, ref_policy)
     )
     hidden = value_model.classifier.base_model(input_ids=ids).last_hidden_state[0, start:-1]
@@ -276,9 +276,9 @@ def test_a_hole_in_the_mask_is_left_out_of_every_term(estimator):
 # --- the KL as a term of the loss ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.6])
-def test_the_full_kl_loss_is_that_of_torch_kl_div_with_its_gradient(heat):
-    config = dataclasses.replace(CONFIG, kl_loss_coef=1.0, temperature=heat)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_full_kl_loss_is_that_of_torch_kl_div_with_its_gradient(temperature):
+    config = dataclasses.replace(CONFIG, kl_loss_coef=1.0, temperature=temperature)
     rollout, policy, ref_policy, value_model = moved_rollout(config)
     _, stats = ppo_loss(policy, ref_policy, value_model, rollout, config)
     stats["loss/kl"].backward()
@@ -287,7 +287,7 @@ def test_the_full_kl_loss_is_that_of_torch_kl_div_with_its_gradient(heat):
     p, q = (
         torch.log_softmax(
             response_logits(m, rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
-            / heat, -1,
+            / temperature, -1,
         )[rollout.mask]
         for m in (policy, ref_policy)
     )  # fmt: skip
@@ -577,6 +577,13 @@ def test_a_resumed_training_goes_on_exactly_where_it_stopped():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt has no token"):
         train(prompts=[*PROMPTS[:-1], []])
+
+
+def test_a_last_minibatch_too_small_for_the_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    config = dataclasses.replace(CONFIG, minibatch_size=4, micro_batch_size=4)
+    with pytest.raises(ValueError, match="the last minibatch has 2 rows, too few for 3 processes"):
+        train(config, prompts=PROMPTS[:6])
 
 
 # --- what breaks --------------------------------------------------------------------------------

@@ -189,20 +189,20 @@ def gpt2(seed, width=16, words=4, scale=0.3):
     return model
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["table", "gpt2"])
-def test_responses_are_sampled_with_their_exact_probabilities(kind, heat):
+def test_responses_are_sampled_with_their_exact_probabilities(kind, temperature):
     """8,192 answers of seed 1 through the KV cache, all 40 responses: |z| < 3.5 for each."""
     policy = double(POLICY) if kind == "table" else gpt2(1)
     config = dataclasses.replace(
-        PPO, batch_size=8192, minibatch_size=8192, micro_batch_size=8192, temperature=heat
+        PPO, batch_size=8192, minibatch_size=8192, micro_batch_size=8192, temperature=temperature
     )
     rollout = collect_rollout(
         policy, policy, TabularValue(WORLD), WORLD.score_fn, WORLD.prompts(8192), WORLD, config,
         seed=1,
     )  # fmt: skip
     with torch.no_grad():
-        exact = WORLD.response_logprobs(WORLD.logprobs_all(policy, heat))
+        exact = WORLD.response_logprobs(WORLD.logprobs_all(policy, temperature))
     rows = (rollout.response[:, None] == WORLD.response[None]).all(-1)
     assert (rows.sum(1) == 1).all()
     p = exact.exp()
@@ -210,7 +210,7 @@ def test_responses_are_sampled_with_their_exact_probabilities(kind, heat):
     assert z.max() < 3.5
     cold = WORLD.response_logprobs(WORLD.logprobs_all(policy)).detach().exp()
     wrong = (rows.double().mean(0) - cold).abs() / (cold * (1 - cold) / 8192).sqrt()
-    assert (wrong.max() > 10) == (heat != 1.0)  # the slip: the temperature forgotten
+    assert (wrong.max() > 10) == (temperature != 1.0)  # the slip: the temperature forgotten
     # The rollout's own log-probabilities are those of the tempered policy.
     totals = (rows.double() @ exact).to(rollout.logprobs.dtype)
     torch.testing.assert_close(rollout.logprobs.sum(1), totals, rtol=1e-5, atol=1e-5)
@@ -409,18 +409,18 @@ def test_at_the_optimum_every_sampled_advantage_is_0_not_only_their_mean():
 # --- the policy gradient ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam, heat", [(0.0, 1.0), (0.95, 1.0), (1.0, 1.0), (0.95, 1.6)])
-def test_the_sampled_policy_gradient_is_unbiased_for_the_exact_one(lam, heat):
+@pytest.mark.parametrize("lam, temperature", [(0.0, 1.0), (0.95, 1.0), (1.0, 1.0), (0.95, 1.6)])
+def test_the_sampled_policy_gradient_is_unbiased_for_the_exact_one(lam, temperature):
     """64 rollouts of 256 answers, seed 3, exact critic: max |z| < 4 over the 52 logits.
 
     At temperature 1.6 the policy that acts, and the reference, are the heated ones.
     """
-    hot, hot_ref = ((x / heat).log_softmax(-1) for x in (POLICY, REF))
+    hot, hot_ref = ((x / temperature).log_softmax(-1) for x in (POLICY, REF))
     values, _, _ = WORLD.values(hot, hot_ref, BETA)
     model = double(POLICY)
-    objective = WORLD.objective(WORLD.logprobs_all(model, heat), hot_ref, BETA)
+    objective = WORLD.objective(WORLD.logprobs_all(model, temperature), hot_ref, BETA)
     (exact,) = torch.autograd.grad(objective, list(model.parameters()))
-    config, estimates = dataclasses.replace(PPO, lam=lam, temperature=heat), []
+    config, estimates = dataclasses.replace(PPO, lam=lam, temperature=temperature), []
     for policy, ref_policy, critic, rollout in sampled(config, value=values, seed=3, batches=64):
         loss, _ = ppo_loss(policy, ref_policy, critic, rollout, config)
         # The loss is a mean over tokens; the objective is one over answers.
@@ -516,14 +516,14 @@ def test_whitening_turns_the_small_noise_near_the_optimum_into_a_large_one():
 # --- the ratio --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_with_learning_rate_0_every_minibatch_has_log_ratio_0_and_nothing_clipped(
-    heat, monkeypatch
+    temperature, monkeypatch
 ):
     policy, critic = gpt2(1), ValueModel.from_policy(gpt2(3))
     config = dataclasses.replace(
-        PPO, batch_size=64, minibatch_size=16, micro_batch_size=8, ppo_epochs=3, temperature=heat,
-        vf_coef=1.0,
+        PPO, batch_size=64, minibatch_size=16, micro_batch_size=8, ppo_epochs=3, vf_coef=1.0,
+        temperature=temperature,
     )  # fmt: skip
     ref_policy = frozen_copy(gpt2(2))
     rollout = collect_rollout(

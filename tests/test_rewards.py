@@ -15,16 +15,13 @@ from minippo.rewards import (
 EOS = 9
 NAN = float("nan")
 # A prefix, a single token, the full width, and two rows with holes.
-MASK = torch.tensor(
-    [
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1],
-        [1, 0, 1, 0, 0],
-        [0, 1, 0, 0, 1],
-    ],
-    dtype=torch.bool,
-)
+MASK = torch.tensor([
+    [1, 1, 1, 0, 0],
+    [1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 1],
+    [1, 0, 1, 0, 0],
+    [0, 1, 0, 0, 1],
+], dtype=torch.bool)
 LAST = [2, 0, 4, 2, 4]
 
 
@@ -75,9 +72,8 @@ def test_without_kl_only_the_last_token_is_rewarded():
 def test_the_coefficient_may_be_a_tensor():
     scores, kl = random_case()
     coefficient = torch.tensor(0.25, dtype=torch.float64)
-    assert torch.equal(
-        per_token_rewards(scores, kl, MASK, coefficient), per_token_rewards(scores, kl, MASK, 0.25)
-    )
+    assert torch.equal(per_token_rewards(scores, kl, MASK, coefficient),
+                       per_token_rewards(scores, kl, MASK, 0.25))
 
 
 def test_nan_at_masked_positions_reaches_neither_rewards_nor_gradient():
@@ -99,15 +95,13 @@ def test_inputs_stay_as_they_are():
 
 @pytest.mark.parametrize("eos_id", [EOS, torch.tensor(EOS)])
 def test_missing_eos_is_penalised_at_the_last_token_that_counts(eos_id):
-    response = torch.tensor(
-        [
-            [5, 6, EOS, 7, 7],  # ends in EOS
-            [5, EOS, 7, 7, 7],  # EOS stands behind the mask: does not count
-            [5, EOS, 7, 7, 5],  # EOS before the end: cut at the limit
-            [5, 0, EOS, 7, 7],  # holes, ends in EOS
-            [EOS, 5, EOS, 7, 6],  # holes, does not end in EOS
-        ]
-    )
+    response = torch.tensor([
+        [5, 6, EOS, 7, 7],    # ends in EOS
+        [5, EOS, 7, 7, 7],    # EOS stands behind the mask: does not count
+        [5, EOS, 7, 7, 5],    # EOS before the end: cut at the limit
+        [5, 0, EOS, 7, 7],    # holes, ends in EOS
+        [EOS, 5, EOS, 7, 6],  # holes, does not end in EOS
+    ])
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     got = penalize_missing_eos(scores, MASK, response, eos_id, 1.5)
     assert got.tolist() == [1.0, 0.5, 1.5, 4.0, 3.5]

@@ -83,11 +83,11 @@ def row_of(rollout, i, tokenizer=TOKENIZER):
     return PROMPTS[i], response
 
 
-def alone(model, prompt, answer, heat=1.0):
+def alone(model, prompt, answer, temperature=1.0):
     """Log-softmax before each answer token of the unpadded row, (R_i, V)."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
-    return torch.log_softmax(logits[len(prompt) - 1 : -1] / heat, -1)
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
 
 
 def stacked(rollout, make):
@@ -144,16 +144,18 @@ def test_nothing_in_a_rollout_has_a_gradient(rollout):
     assert not any(getattr(rollout, f.name).requires_grad for f in dataclasses.fields(Rollout))
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.7])
-def test_each_rows_numbers_are_those_of_the_row_alone(world, heat):
-    rollout = world.rollout(dataclasses.replace(CONFIG, temperature=heat))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_each_rows_numbers_are_those_of_the_row_alone(world, temperature):
+    rollout = world.rollout(dataclasses.replace(CONFIG, temperature=temperature))
     rows = [row_of(rollout, i) for i in range(len(PROMPTS))]
 
     def picked(model, i):
-        return alone(model, *rows[i], heat)[torch.arange(len(rows[i][1])), rows[i][1]]
+        return alone(model, *rows[i], temperature)[torch.arange(len(rows[i][1])), rows[i][1]]
 
     def entropy(i):
-        return torch.distributions.Categorical(logits=alone(world.policy, *rows[i], heat)).entropy()
+        return torch.distributions.Categorical(
+            logits=alone(world.policy, *rows[i], temperature)
+        ).entropy()
 
     def values(i):
         prompt, answer = rows[i]
@@ -172,15 +174,15 @@ def test_each_rows_numbers_are_those_of_the_row_alone(world, heat):
         torch.testing.assert_close(got, stacked(rollout, make), **CLOSE)
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["kl", "abs", "mse", "k3", "full"])
-def test_each_kl_estimator_by_its_definition(world, name, heat):
-    config = dataclasses.replace(CONFIG, kl_estimator=name, temperature=heat)
+def test_each_kl_estimator_by_its_definition(world, name, temperature):
+    config = dataclasses.replace(CONFIG, kl_estimator=name, temperature=temperature)
     rollout = world.rollout(config)
 
     def divergence(i):
         prompt, answer = row_of(rollout, i)
-        p, q = (alone(m, prompt, answer, heat) for m in (world.policy, world.ref_policy))
+        p, q = (alone(m, prompt, answer, temperature) for m in (world.policy, world.ref_policy))
         if name == "full":
             return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
         picked = torch.arange(len(answer)), answer
@@ -433,29 +435,29 @@ def test_rows_key_the_sampling(world, rollout):
         assert part.response[i][part.mask[i]].tolist() == expected
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.7])
-def test_the_sampled_answers_are_those_of_generate_many(world, heat):
-    rollout = world.rollout(dataclasses.replace(CONFIG, temperature=heat))
-    answers = generate_many(world.policy, PROMPTS, TOKENIZER, 10, 0, temperature=heat)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampled_answers_are_those_of_generate_many(world, temperature):
+    rollout = world.rollout(dataclasses.replace(CONFIG, temperature=temperature))
+    answers = generate_many(world.policy, PROMPTS, TOKENIZER, 10, 0, temperature=temperature)
     assert [row_of(rollout, i)[1] for i in range(len(PROMPTS))] == answers
 
 
-@pytest.mark.parametrize("heat", [1.0, 0.7])
-def test_the_first_ratio_is_one(world, heat):
-    config = dataclasses.replace(CONFIG, temperature=heat, micro_batch_size=4)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_one(world, temperature):
+    config = dataclasses.replace(CONFIG, temperature=temperature, micro_batch_size=4)
     rollout = world.rollout(config)
     for batch, _ in rollout.micro_batches(2):
         with torch.no_grad():
             _, stats = ppo_loss(world.policy, world.ref_policy, world.value_model, batch, config)
         assert abs(float(stats["policy/ratio"]) - 1) <= 1e-5
         assert float(stats["policy/clip_frac"]) == 0 and float(stats["policy/approx_kl"]) < 1e-9
-        logprobs = stacked(rollout, lambda i: lone_logprobs(world.policy, rollout, i, heat))
+        logprobs = stacked(rollout, lambda i: lone_logprobs(world.policy, rollout, i, temperature))
         assert (logprobs - rollout.logprobs).abs().max() <= 1e-5
 
 
-def lone_logprobs(policy, rollout, i, heat):
+def lone_logprobs(policy, rollout, i, temperature):
     prompt, answer = row_of(rollout, i)
-    return alone(policy, prompt, answer, heat)[torch.arange(len(answer)), answer]
+    return alone(policy, prompt, answer, temperature)[torch.arange(len(answer)), answer]
 
 
 def test_a_tokenizer_whose_padding_is_its_eos_counts_the_first_eos_and_no_other():

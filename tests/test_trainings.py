@@ -11,9 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minippo import pretrain, sft
-from minippo import reward_training as reward_model
-from minippo import value_training as value_model
+from minippo import pretrain, reward_training, sft, value_training
 from minippo.batching import Encoded, answered, join_query_response
 from minippo.config import PretrainConfig, RewardConfig, SFTConfig, ValueConfig
 from minippo.engine.gradients import accumulate
@@ -643,8 +641,8 @@ def test_a_training_in_half_precision_computes_its_losses_in_single(stage, monke
     """What CUDA does, on the CPU: bfloat16 in the models, float32 in the formulas."""
     single, seen = STAGES[stage](gpt2(), RANKED), []
     module, formula = {
-        "sft": (sft, "masked_mean"), "reward": (reward_model, "ranking_loss"),
-        "value": (value_model, "masked_mean"), "pretrain": (pretrain, "lm_loss"),
+        "sft": (sft, "masked_mean"), "reward": (reward_training, "ranking_loss"),
+        "value": (value_training, "masked_mean"), "pretrain": (pretrain, "lm_loss"),
     }[stage]  # fmt: skip
     real = getattr(module, formula)
     monkeypatch.setattr(module, formula, lambda x, *args: seen.append(x.dtype) or real(x, *args))

@@ -1,7 +1,7 @@
-"""Three steps of PPO in float64, kept as numbers: a move of code must leave them as they are.
+"""Three steps of every training in float64, kept as numbers: a move of code must not change them.
 
-python -m tests.three_steps              # compares with tests/three_steps.json
-python -m tests.three_steps --write      # after a change of what is computed, and only then
+    python -m tests.three_steps              # compares with tests/three_steps.json
+    python -m tests.three_steps --write      # after a change of what is computed, and only then
 """
 
 import argparse

@@ -31,7 +31,7 @@ from minippo.config import (
 )
 from minippo.engine.devices import precision, stored_as
 from minippo.engine.loading import check_same_vocabulary
-from minippo.engine.passes import response_logits
+from minippo.engine.look import response_logprobs
 from minippo.engine.ranks import alone
 from minippo.evaluation import (
     annotated_summary,
@@ -46,7 +46,6 @@ from minippo.evaluation import (
     standardised,
     win_rate,
 )
-from minippo.logprobs import gather_logprobs
 from minippo.models import Policy, RewardModel, ValueModel, frozen_copy, load_tokenizer, tiny_gpt2
 from minippo.optim import adamw
 from minippo.ppo import ppo_update, train_ppo
@@ -438,9 +437,7 @@ def _xrays(run: Run, prompts, sft, ppo, reward_model, limits: EvalConfig) -> lis
     optimizer = adamw({"policy": policy, "value": value_model}, rates)
     ppo_update(policy, sft, value_model, optimizer, rollout, config, torch.Generator())
     with torch.no_grad():
-        places = (rollout.tokens, rollout.attention_mask, rollout.response.shape[1])
-        logits = response_logits(policy, *places)
-    now = gather_logprobs(logits, rollout.response, config.temperature)
+        now = response_logprobs(policy, rollout, config.temperature)
     options = {"clip_range": config.clip_range, "gamma": config.gamma, "lam": config.lam}
     return [
         xray(rollout, i, run.tokenizer, logprobs=now, **options).to_dict()

@@ -42,8 +42,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor there. The host does not wait for the copy: it leaves pinned memory."""
-    if x.device.type == device.type:
+    """A CPU tensor there. The host does not wait for the copy: it leaves pinned memory."""
+    if x.device == device:
         return x
     return x.pin_memory().to(device, non_blocking=True)
 

@@ -43,6 +43,13 @@ def _accumulated(loss_of, parts) -> dict[str, Tensor]:
     return ranks.sum_metrics(sums)
 
 
+def check_shares(rows: int) -> None:
+    """Raises ValueError if the smallest batch has fewer rows than there are processes."""
+    if rows < ranks.world():
+        message = f"the last minibatch has {rows} rows, too few for {ranks.world()} processes"
+        raise ValueError(f"{message}; choose sizes that divide each other, or fewer processes")
+
+
 def optimizer_step(optimizer, max_grad_norm: float) -> dict[str, Tensor]:
     """Clips each model's gradients on their own, moves the weights, clears the gradients.
 

@@ -88,10 +88,10 @@ def _of_all_rows(batch: Rows, look) -> tuple[Tensor, ...]:
 def _in_chunks(batch: Rows, look) -> tuple[Tensor, ...]:
     """look(chunk) -> tensors with a row for each of the chunk's: the same of all rows, in order."""
     found = [look(chunk) for chunk, _ in batch.chunks]
-    places = torch.cat([places for _, places in batch.chunks])
-    places = to_device(places, batch.tokens.device)
+    indices = torch.cat([indices for _, indices in batch.chunks])
+    indices = to_device(indices, batch.tokens.device)
     columns = (torch.cat(column) for column in zip(*found, strict=True))
-    return tuple(ranks.gather_rows(column, places, len(batch.tokens)) for column in columns)
+    return tuple(ranks.gather_rows(column, indices, len(batch.tokens)) for column in columns)
 
 
 # what has no answers yet, or several to a prompt
@@ -100,15 +100,15 @@ def _in_chunks(batch: Rows, look) -> tuple[Tensor, ...]:
 def shared(model, compute, *rows: Tensor, fill=0) -> Tensor:
     """compute(*rows) -> (B, L), each process on its rows; L is that of the longest.
 
+    compute: calls the model as often as it likes, or a part of it equally often for any rows
     rows: tensors of B rows each; they are taken to the device of the model
     """
     count, rows = len(rows[0]), to_device_of(model, *rows)
-    is_shared = count >= ranks.world()  # otherwise each process does them all
-    own = ranks.rows_of_this_rank(count) if is_shared else slice(None)
+    own = ranks.share(count)
     with _in_step(model):
         found = compute(*(x[own] for x in rows))
     found = F.pad(found, (0, ranks.largest(found.shape[1]) - found.shape[1]), value=fill)
-    return ranks.gather_rows(found, own, count) if is_shared else found
+    return ranks.gather_rows(found, own, count)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from minippo.engine import ranks
 from minippo.engine.devices import at_least_float32, to_device
 from minippo.engine.passes import forward_pass, real_first
-from minippo.engine.ranks import in_lockstep, rows_of_this_rank
 from minippo.masking import position_ids
 
 
@@ -113,27 +113,27 @@ class Rows:
         indices = torch.arange(len(self.tokens))[indices]
         there = to_device(indices, self.tokens.device)
         chosen = replace(self, **{name: x[there] for name, x in self._columns().items()})
-        return chosen._knowing(lengths=self.lengths[indices], rows_at_once=self.rows_at_once)
+        return self._told(chosen, lengths=self.lengths[indices])
 
     def with_columns(self, kind, **columns: Tensor):
         """The same rows as another kind of batch, which has more columns."""
-        extended = kind(**self._columns(), **columns)
-        return extended._knowing(lengths=self.lengths, rows_at_once=self.rows_at_once)
+        return self._told(kind(**self._columns(), **columns))
 
     def to_device_of(self, model):
         """The same on the device of a model."""
-        columns, lengths = self._columns(), self.lengths  # before the move, which is not waited for
+        columns = self._columns()
         moved = dict(zip(columns, to_device_of(model, *columns.values()), strict=True))
-        return replace(self, **moved)._knowing(lengths=lengths, rows_at_once=self.rows_at_once)
+        return self._told(replace(self, **moved))
 
     def read_in_chunks_of(self, size: int):
         """The same, of which models without gradients read `size` rows at a time."""
-        return replace(self)._knowing(lengths=self.lengths, rows_at_once=size)
+        return self._told(replace(self), rows_at_once=size)
 
     @cached_property
     def chunks(self) -> list[tuple["Rows", Tensor]]:
         """This process's rows, `rows_at_once` a chunk, and where each of them stands in all."""
-        return [(self.rows(places), places) for places, _ in self._by_length(self.rows_at_once)]
+        own = ranks.share(len(self.tokens))
+        return [(self.rows(i), i) for i, _ in self._by_length(own, self.rows_at_once)]
 
     def micro_batches(self, size: int):
         """This process's rows, `size` a chunk, each with its share of the tokens that count.
@@ -141,20 +141,23 @@ class Rows:
         Token means weighted by these shares add up to the mean over the whole, whichever rows
         stand together, in whichever process.
         """
-        for places, counts in self._by_length(size):
-            chunk = self.rows(places)._knowing(is_micro_batch=True)
+        own = ranks.rows_of_this_rank(len(self.tokens))
+        for i, counts in self._by_length(own, size):
+            chunk = self._told(self.rows(i), lengths=self.lengths[i], is_micro_batch=True)
             yield chunk, counts * chunk.token_count / self.token_count
 
-    def _by_length(self, size: int) -> list[tuple[Tensor, bool]]:
+    def _by_length(self, own: slice, size: int) -> list[tuple[Tensor, bool]]:
         order = self.lengths[:, 0].argsort(stable=True)  # least padding
-        return in_lockstep(order[rows_of_this_rank(len(order))].split(size))
+        return ranks.in_lockstep(order[own].split(size))
 
     def _columns(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _knowing(self, **facts):
-        vars(self).update(facts)
-        return self
+    def _told(self, other, **facts):
+        """The other batch, which learns what this one knows; facts are what differs."""
+        known = {"lengths": self.lengths, "rows_at_once": self.rows_at_once}
+        vars(other).update(known | {"is_micro_batch": self.is_micro_batch} | facts)
+        return other
 
 
 def to_device_of(model, *tensors: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """One pass through a model: its positions, precision and cache, whatever it is and on what device.
 
-What is read here is padded, as in the contract. Training reads rows without padding (packing.py).
+What comes in here is padded, as in the contract. Most of training reads packed rows (packing.py).
 """
 
 import functools

@@ -43,6 +43,11 @@ def rows_of_this_rank(count: int) -> slice:
     return slice(rank(), None, world())
 
 
+def share(count: int) -> slice:
+    """The rows that this process looks at: its own, or all where there are fewer than processes."""
+    return rows_of_this_rank(count) if count >= world() else slice(None)
+
+
 def in_lockstep(chunks) -> list[tuple]:
     """(chunk, counts) of this process's chunks, as many on every rank.
 
@@ -64,13 +69,13 @@ def on_any_rank(flag: bool) -> bool:
 def gather_rows(x: Tensor, rows, count: int) -> Tensor:
     """The rows of all ranks in one tensor, the same on each.
 
-    x: (B', ...)  this process's rows
-    rows: their places in the whole, a slice or indices; a row may be given twice
+    x: (B', ...)  this process's rows, its `share` of them
+    rows: which of the whole they are, a slice or indices; a row may be given twice
     returns: (count, ...)
     """
     whole = x.new_zeros((count, *x.shape[1:]))
     whole[rows] = x
-    return all_sum(whole)  # the other ranks have zeros there
+    return all_sum(whole) if count >= world() else whole  # the other ranks have zeros there
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def sum_metrics(metrics: dict) -> dict:
 def sum_gradients(parameters) -> None:
     """Adds up the gradients of all ranks, in place, in messages of about BUCKET numbers.
 
-    In place of a wrapper such as DistributedDataParallel: PPO calls two models for one loss, in
+    In place of a wrapper such as DistributedDataParallel: a loss may ask two models, in
     several micro-batches whose weights are shares of the global minibatch (sums, not a mean over
     ranks), and hooks the vocabulary projection. All of this is plain when gradients are added up
     once, in front of the optimizer. What is sharded was added up during the backward pass.
