@@ -39,9 +39,9 @@ EDITS = (
         "sign: SFT makes its demonstrations less likely",
     ),
     Edit(
-        "01", "logprobs.py",
-        "x[:, last - response_length : last]", "x[:, last - response_length + 1 :]",
-        "shift: the response window begins one place late",
+        "01", "engine/packing.py",
+        "targets = tokens[:, -response_length:]", "targets = tokens[:, -response_length - 1 : -1]",
+        "shift: a place is asked for its own token, not for the next",
     ),
     Edit("01", "masking.py", ".sum(dim) / mask.sum(dim)", ".mean(dim)", "mask: padding counts"),
     # 02, preference data
