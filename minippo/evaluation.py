@@ -62,7 +62,7 @@ def best_of_n_kl(n: int) -> float:
 def kl_per_sequence(policy, ref_policy, answers: list[Encoded], pad_id: int, temperature=1.0):
     """Mean over answers of sum_t log pi - log pi_ref: an estimate of KL(policy, ref) in nats."""
     prompts, responses = [e.prompt for e in answers], [e.responses[0] for e in answers]
-    batch = answered(prompts, responses, pad_id).to_device_of(policy).read_in_chunks_of(64)
+    batch = answered(prompts, responses, pad_id).to_device_of(policy).with_chunk_size(64)
     logprobs = response_logprobs(policy, batch, temperature)  # (B, R)
     ref_logprobs = response_logprobs(ref_policy, batch, temperature)  # (B, R)
     return float((logprobs - ref_logprobs).sum()) / len(answers)

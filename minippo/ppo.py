@@ -1,4 +1,8 @@
-"""PPO: a rollout, then a few passes over it with the clipped losses."""
+"""PPO: a rollout, then a few passes over it with the clipped losses.
+
+KL(policy, ref) stands in three places: in the reward (kl_coef, kl_estimator; rollout.py), in the
+loss (kl_loss_coef, kl_loss_estimator), and, always as k1, in what adapts kl_coef and stops the run.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +19,10 @@ from minippo.rollout import Rollout, collect_rollout, rollout_metrics
 
 
 def ppo_loss(policy, ref_policy, value_model, batch: Rollout, config: PPOConfig):
-    """L_policy + c1 L_value + c2 L_KL on rows of a rollout; returns the loss and its statistics.
+    """L_policy + vf_coef L_value + kl_loss_coef L_KL on rows of a rollout; loss and statistics.
 
-    c1 is config.vf_coef, c2 config.kl_loss_coef; there is no entropy bonus. Each loss is a mean
-    over the tokens that count. What batch.* holds is the old policy's and the old critic's.
+    There is no entropy bonus. Each loss is a mean over the tokens that count. What batch.* holds
+    is the old policy's and the old critic's.
     """
     mask, clip, value_clip = batch.mask, config.clip_range, config.value_clip_range
     # The policy last: the backward pass begins with it, and frees its large logits first.
@@ -40,7 +44,7 @@ def logprobs_and_kl(policy, ref_policy, batch: Rollout, config: PPOConfig) -> tu
     """
     temperature = config.temperature
     if config.kl_loss_coef and config.kl_loss_estimator == "full":
-        return response_logprobs_and_kl(policy, ref_policy, batch, temperature)
+        return response_logprobs_and_kl(policy, ref_policy, batch, temperature)  # ref: no gradient
     logprobs = response_logprobs(policy, batch, temperature)
     if not config.kl_loss_coef:
         return logprobs, torch.zeros_like(logprobs)
@@ -58,7 +62,8 @@ def ppo_update(
     found = []
     for _ in range(config.ppo_epochs):
         for minibatch in rollout.minibatches(config.minibatch_size, generator):
-            # Backward, a few rows at a time: the gradient of the token mean over the minibatch.
+            # Backward, a few rows at a time, each weighted by its share of the tokens: together
+            # the gradient of the token mean over the minibatch.
             stats = accumulate(loss_of, minibatch, config.micro_batch_size)
             # Clips each model's gradients on their own, moves the weights, clears the gradients.
             norms = optimizer_step(optimizer, config.max_grad_norm)
@@ -70,7 +75,7 @@ def train_ppo(
     policy, ref_policy, value_model, score_fn, prompts, tokenizer, config: PPOConfig,
     *, score_stats=(0.0, 1.0), seed=0, hooks=None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Trains policy and critic in place on tokenised prompts; returns the metrics of each step.
+    """Trains policy and critic in place on tokenised prompts; returns the metrics of each step run.
 
     score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); a model or a rule
     score_stats: mean and std of its scores on reference samples
@@ -84,7 +89,7 @@ def train_ppo(
     progress = {"kl_coef": config.kl_coef, "best_score": None, "best_step": 0, "stopped": False}
     plan = batch_plan([len(p) for p in prompts], config.batch_size, config.steps, seed)
     state = {**models, "optimizer": optimizer, "progress": progress}
-    first = hooks.start("ppo", config.steps, state)  # 0, or where a resumed run goes on
+    first = hooks.start("ppo", config.steps, state)  # 0; a resumed run restores the state
     for step in range(first, config.steps):
         if progress["stopped"]:
             break
@@ -112,7 +117,7 @@ def _prepare(policy, ref_policy, value_model, score_fn, prompts, config: PPOConf
     if not all(prompts):
         raise ValueError("a prompt has no token: nothing would predict its answer's first; drop it")
     last = min(len(prompts), config.batch_size) % config.minibatch_size
-    check_shares(last or config.minibatch_size)
+    check_shares(last or config.minibatch_size)  # each process needs a row of each minibatch
     longest = max(map(len, prompts), default=0)
     for model in (policy, ref_policy, value_model, score_fn):
         check_context(model, longest, config.max_response_tokens)

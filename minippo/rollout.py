@@ -39,7 +39,7 @@ class Rollout(Samples):
     scores: Tensor  # (B,) standardised, minus the missing-EOS penalty
     rewards: Tensor  # (B, R) -kl_coef * kl, and the score at the last token that counts
     advantages: Tensor  # (B, R) whitened, if so configured
-    returns: Tensor  # (B, R) the critic's targets: unwhitened advantages + values
+    returns: Tensor  # (B, R) the critic's targets: unwhitened advantages + values, or R(x, y)
 
     def minibatches(self, size: int, generator: torch.Generator):
         """Shuffled minibatches of `size` rows, each row once."""
@@ -56,7 +56,8 @@ def collect_rollout(
     """Samples one answer to each prompt and computes everything PPO needs of it.
 
     score_fn: (tokens (B, T), attention_mask (B, T), query_length) -> scores (B,); it sees
-        config.micro_batch_size answers at once, in order of their lengths
+        config.micro_batch_size answers at once, in order of their lengths (what
+        comes back is in the order of the prompts); query_length is Q, padding counted
     kl_coef: the coefficient in force (config.kl_coef if None)
     score_stats: mean and std of scores on reference samples
     rows: global numbers of the prompts, which key the sampling
@@ -100,7 +101,7 @@ def sample(policy, prompts, tokenizer, config: PPOConfig, seed=0, step=0, rows=N
     mask = response_mask(response, eos_id)  # (B, R), True up to and with the EOS
     tokens, attention_mask = torch.cat([query, response], 1), torch.cat([query_mask, mask], 1)
     samples = Samples(tokens, attention_mask, response, mask)
-    return samples.read_in_chunks_of(config.micro_batch_size)  # rows that a model will see at once
+    return samples.with_chunk_size(config.micro_batch_size)  # rows that a model will see at once
 
 
 def charged_kl(policy, ref_policy, samples: Samples, logprobs, ref_logprobs, config: PPOConfig):
@@ -128,7 +129,7 @@ def rollout_metrics(rollout: Rollout, eos_id: int) -> dict[str, Tensor]:
     """What a rollout says about the policy; device scalars under the log keys of the course."""
     mask, lengths = rollout.mask, rollout.mask.sum(1)
     kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(~mask, 0)  # k1, whatever is charged
-    # Their ratio is that of the unbiased variances, and is defined for a single token: 1.
+    # Their ratio is that of the unbiased variances; with a single token both are 0, the result 1.
     error = masked_var(rollout.returns - rollout.values, mask, unbiased=False)
     spread = masked_var(rollout.returns, mask, unbiased=False)
     ended = (rollout.response == eos_id).masked_fill(~mask, False).any(1)

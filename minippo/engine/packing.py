@@ -125,7 +125,7 @@ class Rows:
         moved = dict(zip(columns, to_device_of(model, *columns.values()), strict=True))
         return self._told(replace(self, **moved))
 
-    def read_in_chunks_of(self, size: int):
+    def with_chunk_size(self, size: int):
         """The same, of which models without gradients read `size` rows at a time."""
         return self._told(replace(self), rows_at_once=size)
 
