@@ -36,6 +36,8 @@ from minippo.models import (
 )
 from minippo.pretrain import train_tokenizer
 
+MODELS = [kind.from_pretrained for kind in (Policy, RewardModel, ValueModel)]
+LOADERS = [*MODELS, load_tokenizer]
 V, PAD, EOS = 40, 0, 1
 IDS = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
 ROWS = [[5, 6, 7, 8, 9, EOS], [11, 12, EOS], [21, 22, 23, 24, EOS]]
@@ -310,29 +312,13 @@ def test_a_model_without_position_ids_is_refused(tmp_path):
         Policy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        Policy.from_pretrained,
-        RewardModel.from_pretrained,
-        ValueModel.from_pretrained,
-        load_tokenizer,
-    ],
-)
+@pytest.mark.parametrize("load", LOADERS)
 def test_a_missing_absolute_folder_is_refused_by_name(load, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        Policy.from_pretrained,
-        RewardModel.from_pretrained,
-        ValueModel.from_pretrained,
-        load_tokenizer,
-    ],
-)
+@pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "a/b/nowhere", "runs/nowhere"])
 def test_a_missing_folder_is_refused_by_name_without_asking_the_hub(
     load, name, tmp_path, monkeypatch
@@ -358,15 +344,7 @@ def ask_nobody(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        Policy.from_pretrained,
-        RewardModel.from_pretrained,
-        ValueModel.from_pretrained,
-        load_tokenizer,
-    ],
-)
+@pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_a_name_of_the_hub_is_asked_for_there_and_an_error_names_what_else_there_is(
     load, name, tmp_path, monkeypatch
@@ -389,17 +367,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "model.safetensors": [
-        Policy.from_pretrained,
-        RewardModel.from_pretrained,
-        ValueModel.from_pretrained,
-    ],
-    "config.json": [
-        Policy.from_pretrained,
-        RewardModel.from_pretrained,
-        ValueModel.from_pretrained,
-        load_tokenizer,
-    ],
+    "model.safetensors": MODELS,
+    "config.json": LOADERS,
     "tokenizer.json": [load_tokenizer],
     "tokenizer_config.json": [load_tokenizer],
     "reward_stats.json": [RewardModel.from_pretrained],
